@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 from evenly.core import Moments, moments, normalize, whiten
 
 if TYPE_CHECKING:
-    from evenly import catalog, claims, conversion, core, data, models, nn, weights, workbench
-    from evenly.conversion import convert
+    from evenly.conversion import convert as convert
 
 __version__ = "0.1.0"
 

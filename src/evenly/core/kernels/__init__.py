@@ -1,0 +1,65 @@
+"""Backends: who computes a normalization.
+
+``normalize`` describes what it wants as a :class:`Call`; the first registered backend that supports the call
+computes it, and the PyTorch reference computes whatever no backend takes. A backend is registered with
+:func:`register` when its module is imported, never by the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from evenly.core.kernels import reference
+from evenly.core.patterns import Plan
+
+__all__ = ["Backend", "Call", "Result", "backends", "register", "run"]
+
+Result = reference.Result
+Call = reference.Call
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A set of kernels.
+
+    Attributes:
+        name: as ``evenly doctor`` prints it.
+        supports: whether the backend computes this call on this input.
+        run: computes it.
+        describe: one line on where the backend is used.
+    """
+
+    name: str
+    supports: Callable[[torch.Tensor, Plan, Call], bool]
+    run: Callable[[torch.Tensor, Plan, Call], Result]
+    describe: str
+
+
+_reference = Backend(
+    "reference",
+    lambda x, plan, call: True,
+    reference.normalize,
+    "PyTorch operators; any device, any layout, any order of derivative",
+)
+_backends: list[Backend] = []
+
+
+def register(backend: Backend) -> None:
+    """Put a backend before those registered earlier."""
+    _backends.insert(0, backend)
+
+
+def backends() -> tuple[Backend, ...]:
+    """All backends, in the order in which they are asked."""
+    return (*_backends, _reference)
+
+
+def run(x: torch.Tensor, plan: Plan, call: Call) -> Result:
+    """Compute a call with the first backend that supports it."""
+    for backend in _backends:
+        if backend.supports(x, plan, call):
+            return backend.run(x, plan, call)
+    return reference.normalize(x, plan, call)
