@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -150,7 +150,7 @@ def _expand(expression: ParsedExpression, ellipsis_axes: list[str]) -> list[list
     return groups
 
 
-def _axis_list(names: set[object]) -> str:
+def _axis_list(names: Iterable[object]) -> str:
     return ", ".join(sorted("'...'" if name == _ELLIPSIS else repr(str(name)) for name in names))
 
 

@@ -56,7 +56,7 @@ class Result(NamedTuple):
     y: Tensor
     mean: Tensor | None
     var: Tensor | None
-    count: Tensor | None
+    count: Tensor | None  # type: ignore[assignment]
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,0 +1,277 @@
+"""``Norm``: any pattern as a layer. Every other layer is a few lines on it.
+
+.. math::
+    y = \\phi\\Big( \\frac{x - m}{s} \\odot w + b + r \\Big)
+
+The pattern says which values share the mean :math:`m` and the scale :math:`s`
+(:func:`evenly.normalize`); weight and bias are learned. With ``running=`` the layer keeps averages of the
+statistics that it saw in training and uses them in evaluation, as batch normalization does.
+
+Reference:
+    Ioffe & Szegedy, *Batch Normalization*, ICML 2015, arXiv 1502.03167, for the running statistics;
+    the patterns are those of :mod:`evenly.core`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from einops import reduce
+from torch import Tensor, nn
+
+from evenly.core import Moments, PatternError, moments, normalize
+from evenly.core.normalize import Activation, Scale
+from evenly.nn.sync import sync_moments
+
+__all__ = ["Norm"]
+
+
+class Norm(nn.Module):
+    """Normalize over a pattern, then scale and shift.
+
+    Args:
+        pattern: which axes keep a statistic of their own, such as ``"n c h w -> c"``.
+        features: the shape of weight and bias; ``None`` for a layer without parameters.
+        affine: the axes that weight and bias carry, such as ``"c"`` or ``"(g c)"``. Default: as in
+            :func:`evenly.normalize`.
+        weight: learn a weight, initially 1.
+        bias: learn a bias, initially 0.
+        center: subtract the mean.
+        scale: ``"std"``, ``"rms"``, ``"l2"``, ``"l1"``, ``"max"`` or ``None``.
+        eps: default 1e-5 for ``"std"`` and ``"rms"``, 1e-12 for the norms.
+        activation: fused after it: ``"relu"``, ``"silu"``, ``"gelu"`` or ``None``.
+        running: keep running statistics, of this pattern (``"n c ... -> c"``); the axes on its right are the
+            shape of ``running_mean``, given by ``running_shape``. In training the layer uses the statistics of
+            its input, in evaluation the running ones.
+        running_shape: the shape of the running statistics; default ``features``.
+        momentum: weight of the new value in the running average; ``None`` for the plain average of all batches.
+        sync: in training, share statistics with all processes of ``process_group`` (the default group if
+            ``None``). Only for layers whose pattern is the running pattern.
+        device, dtype: of parameters and buffers.
+        **sizes: sizes of axes by name, such as ``g=32``.
+
+    Shape:
+        Input, residual and output have one shape, which the pattern describes.
+
+    Raises:
+        ValueError: negative eps, momentum outside [0, 1], sizes that do not fit.
+
+    >>> layer = Norm("n (g c) h w -> n g", 6, affine="(g c)", g=3)
+    >>> layer(torch.randn(2, 6, 5, 5)).shape
+    torch.Size([2, 6, 5, 5])
+    >>> layer
+    Norm('n (g c) h w -> n g', 6, affine='(g c)', g=3)
+    """
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+
+    def __init__(
+        self,
+        pattern: str,
+        features: int | Sequence[int] | None = None,
+        *,
+        affine: str | None = None,
+        weight: bool = True,
+        bias: bool = True,
+        center: bool = True,
+        scale: Scale | None = "std",
+        eps: float | None = None,
+        activation: Activation | None = None,
+        running: str | None = None,
+        running_shape: int | Sequence[int] | None = None,
+        momentum: float | None = 0.1,
+        sync: bool = False,
+        process_group: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **sizes: int,
+    ) -> None:
+        super().__init__()
+        if eps is not None and eps < 0:
+            raise ValueError(f"eps={eps} is negative, expected at least 0.")
+        if momentum is not None and not 0 <= momentum <= 1:
+            raise ValueError(f"momentum={momentum} is outside [0, 1]; it is the weight of the new value.")
+        if sync and running != pattern:
+            raise ValueError(
+                f"sync=True shares the statistics of {pattern!r} between processes, which only means something where "
+                f"the batch is reduced over and running statistics are kept: give running={pattern!r}."
+            )
+        self.pattern = pattern
+        self.axes = affine
+        self.sizes: dict[str, Any] = dict(sizes)
+        self.center = center
+        self.scale: Scale | None = scale
+        self.eps = eps
+        self.activation: Activation | None = activation
+        self.running = running
+        self.momentum = momentum
+        self.sync = sync
+        self.process_group = process_group
+        shape = _shape(features, "features")
+        self.features = shape
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(shape, **options)) if weight and shape is not None else None
+        self.bias = nn.Parameter(torch.empty(shape, **options)) if bias and shape is not None else None
+        stat_shape = None
+        if running is not None:
+            stat_shape = _shape(running_shape, "running_shape") if running_shape is not None else shape
+            if stat_shape is None:
+                raise ValueError("running= keeps statistics, whose shape is needed: give features or running_shape.")
+        self.register_buffer("running_mean", None if stat_shape is None else torch.empty(stat_shape, **options))
+        self.register_buffer("running_var", None if stat_shape is None else torch.empty(stat_shape, **options))
+        tracked = None if stat_shape is None else torch.zeros((), dtype=torch.long, device=device)
+        self.register_buffer("num_batches_tracked", tracked)
+        self.reset_parameters()
+
+    def reset_running_stats(self) -> None:
+        """Forget the running statistics: mean 0, variance 1."""
+        if self.running_mean is not None and self.running_var is not None:
+            self.running_mean.zero_()
+            self.running_var.fill_(1)
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.zero_()
+
+    def reset_parameters(self) -> None:
+        """Weight 1, bias 0, running statistics forgotten."""
+        self.reset_running_stats()
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Normalize ``x``.
+
+        Args:
+            x: the input.
+            residual: added after scale and shift, before the activation; the shape of ``x``.
+            mask: boolean, broadcastable to ``x``; where false, a value does not count and the output is 0.
+        """
+        if self.running is None:
+            return self._normalize(x, self.pattern, residual, mask)
+        if not self.training:
+            if self.running_mean is None:
+                return self._normalize(x, self.pattern, residual, mask)
+            stats = (self.running_mean, self.running_var)
+            return self._normalize(x, self.running, residual, mask, stats)
+        self._check_batch(x)
+        if self.sync:
+            shared = sync_moments(moments(x, self.pattern, mask=mask, **self.sizes), self.process_group)
+            self._update(shared)
+            return self._normalize(x, self.pattern, residual, mask, (shared.mean, shared.var))
+        if self.running_mean is None:
+            return self._normalize(x, self.pattern, residual, mask)
+        y, measured = normalize(x, self.pattern, return_stats=True, **self._arguments(x, residual, mask))
+        self._update(measured)
+        return y
+
+    def _normalize(
+        self,
+        x: Tensor,
+        pattern: str,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        stats: tuple[Tensor | None, Tensor | None] | None = None,
+    ) -> Tensor:
+        return normalize(x, pattern, stats=stats, **self._arguments(x, residual, mask))
+
+    def _arguments(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> dict[str, Any]:
+        return {
+            "center": self.center,
+            "scale": self.scale,
+            "eps": self._eps(x),
+            "weight": self.weight,
+            "bias": self.bias,
+            "affine": self.axes,
+            "residual": residual,
+            "activation": self.activation,
+            "mask": mask,
+            **self.sizes,
+        }
+
+    def _eps(self, x: Tensor) -> float | None:
+        """The eps for an input; a hook for layers whose eps depends on its dtype."""
+        return self.eps
+
+    def _check_batch(self, x: Tensor) -> None:
+        """Hook for layers that refuse a batch in training."""
+
+    @torch.no_grad()
+    def _update(self, measured: Moments) -> None:
+        """Move the running statistics towards those of this batch; the variance unbiased."""
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return  # recomputed inside a backward pass (activation checkpointing): it was counted already
+        mean, var, count = measured.mean.detach(), measured.var.detach(), measured.count
+        enough = count > 1
+        var = var * (count / (count - 1).clamp(min=1))
+        if self.running != self.pattern:
+            assert self.running is not None
+            to = f"{self.pattern.split('->')[1]} -> {self.running.split('->')[1]}"
+            mean, var = reduce(mean, to, "mean"), reduce(var, to, "mean")
+            enough = reduce(enough, to, "all")
+        self.num_batches_tracked.add_(1)
+        factor = 1.0 / self.num_batches_tracked.to(var.dtype) if self.momentum is None else self.momentum
+        # A statistic of fewer than two values (all others masked) teaches nothing.
+        step = torch.where(enough, factor, torch.zeros_like(var)).to(self.running_var.dtype)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), step)
+        self.running_var.lerp_(var.to(self.running_var.dtype), step)
+
+    def extra_repr(self) -> str:
+        parts = [repr(self.pattern)]
+        if self.features is not None:
+            parts.append(str(self.features[0]) if len(self.features) == 1 else str(tuple(self.features)))
+        if self.axes is not None:
+            parts.append(f"affine={self.axes!r}")
+        parts.extend(f"{name}={size}" for name, size in self.sizes.items())
+        return ", ".join([*parts, *self._settings()])
+
+    def _settings(self) -> list[str]:
+        """Settings that differ from the defaults, for the representation."""
+        parts = []
+        if self.features is not None and self.weight is None:
+            parts.append("weight=False")
+        if self.features is not None and self.bias is None:
+            parts.append("bias=False")
+        if not self.center:
+            parts.append("center=False")
+        if self.scale != "std":
+            parts.append(f"scale={self.scale!r}")
+        if self.eps is not None:
+            parts.append(f"eps={self.eps:g}")
+        if self.running is not None:
+            parts.append(f"momentum={self.momentum}")
+        if self.sync:
+            parts.append("sync=True")
+        if self.activation is not None:
+            parts.append(f"activation={self.activation!r}")
+        return parts
+
+
+def _shape(value: int | Sequence[int] | None, name: str) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    shape = (value,) if isinstance(value, int) else tuple(value)
+    if not all(isinstance(size, int) and not isinstance(size, bool) for size in shape):
+        raise TypeError(f"{name}={value!r} is not an integer or a sequence of integers.")
+    if any(size < 1 for size in shape):
+        raise ValueError(f"{name}={value!r} must be positive.")
+    return shape
+
+
+def check_axis(x: Tensor, axis: int, size: int, layer: str, minimum: int = 2) -> None:
+    """One clear error where an input does not have the channels that a layer was made for."""
+    if x.ndim < minimum:
+        raise PatternError(
+            f"{layer} expects an input of at least {minimum} axes, got {x.ndim}: shape {tuple(x.shape)}."
+        )
+    if x.shape[axis] != size:
+        raise PatternError(
+            f"{layer} was made for {size} channels, and axis {axis} of the input of shape {tuple(x.shape)} has "
+            f"{x.shape[axis]}."
+        )

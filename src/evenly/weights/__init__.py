@@ -1,0 +1,9 @@
+"""Normalization of weights: parametrizations in the idiom of ``torch.nn.utils.parametrizations``."""
+
+from evenly.weights.weight_standardization import (
+    WeightStandardization,
+    weight_standardization,
+    weight_standardize_,
+)
+
+__all__ = ["WeightStandardization", "weight_standardization", "weight_standardize_"]
