@@ -172,8 +172,10 @@ def normalize(
         )
     if eps is None:
         eps = _EPS[scale] if scale is not None else 0.0
-    elif eps < 0:
-        raise ValueError(f"eps={eps} is negative, expected at least 0.")
+    elif not eps >= 0:
+        raise ValueError(f"eps={eps}, expected a number of at least 0.")
+    if not correction >= 0:
+        raise ValueError(f"correction={correction}, expected a number of at least 0.")
     groups_affine = plan.resolved.affine
     if affine is not None:
         groups_affine = affine_groups(affine, plan.resolved.text, x.ndim, tuple(sizes))
@@ -275,7 +277,7 @@ def _labels(x: Tensor, plan: Plan, by: Tensor, num_groups: int | None) -> Groups
         )
     if not isinstance(by, Tensor):
         raise TypeError(f"by= expects a tensor of integers, got {type(by).__name__}.")
-    if by.is_floating_point() or by.is_complex():
+    if by.is_floating_point() or by.is_complex() or by.dtype == torch.bool:
         raise TypeError(f"by= expects integer labels, got {by.dtype}. Convert with by.long().")
     if tuple(by.shape) != (x.shape[0],):
         raise PatternError(

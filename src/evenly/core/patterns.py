@@ -156,8 +156,6 @@ def _axis_list(names: Iterable[object]) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def _resolve(pattern: str, ndim: int, size_names: tuple[str, ...]) -> Resolved:
-    if not isinstance(pattern, str):
-        raise TypeError(f"A pattern is a string such as 'n c h w -> c', got {type(pattern).__name__}.")
     if pattern.count("->") != 1:
         raise PatternError(
             f"Cannot read the pattern {pattern!r}: expected one '->', with all axes on its left and the axes "
@@ -270,13 +268,13 @@ def _build(resolved: Resolved, shape: tuple[int, ...], sizes: Mapping[str, int])
             if length != known:
                 what = f"axis {resolved.names(group)}" if group else "an axis written 1"
                 raise PatternError(
-                    f"{resolved.text!r} with {_sizes_text(sizes)} expects size {known} for {what}, and axis "
+                    f"{resolved.text!r} ({_sizes_text(sizes)}) expects size {known} for {what}, and axis "
                     f"{position} of the input of shape {tuple(shape)} has {length}."
                 )
         else:
             if known == 0 or length % known != 0:
                 raise PatternError(
-                    f"{resolved.text!r} with {_sizes_text(sizes)} splits axis {position} of the input of shape "
+                    f"{resolved.text!r} ({_sizes_text(sizes)}) splits axis {position} of the input of shape "
                     f"{tuple(shape)} into {resolved.names(group)}, and {length} is not divisible by {known}."
                 )
             lengths[free] = length // known
@@ -287,7 +285,7 @@ def _build(resolved: Resolved, shape: tuple[int, ...], sizes: Mapping[str, int])
 
 
 def _sizes_text(sizes: Mapping[str, int]) -> str:
-    return ", ".join(f"{name}={size}" for name, size in sizes.items()) if sizes else "no sizes given"
+    return "sizes given: " + ", ".join(f"{name}={size}" for name, size in sizes.items()) if sizes else "no sizes given"
 
 
 _plans: dict[tuple[object, ...], Plan] = {}
@@ -313,10 +311,18 @@ def bind(pattern: str, shape: torch.Size | tuple[int, ...], sizes: Mapping[str, 
     key = (pattern, shape, *sizes.items())
     try:
         plan = _plans.get(key)
-    except TypeError:  # symbolic sizes cannot be hashed
-        return _build(_resolve(pattern, len(shape), tuple(sizes)), tuple(shape), _checked(pattern, sizes))
-    if plan is None:
-        plan = _build(_resolve(pattern, len(shape), tuple(sizes)), tuple(shape), _checked(pattern, sizes))
+    except TypeError:  # symbolic sizes, or a pattern that is no string
+        plan = None
+    if plan is not None:
+        return plan
+    if not isinstance(pattern, str):
+        raise TypeError(f"A pattern is a string such as 'n c h w -> c', got {type(pattern).__name__}.")
+    try:
+        resolved = _resolve(pattern, len(shape), tuple(sizes))
+    except PatternError as error:
+        raise PatternError(f"{error} Input shape: {tuple(shape)}; {_sizes_text(sizes)}.") from None
+    plan = _build(resolved, tuple(shape), _checked(pattern, sizes))
+    if all(isinstance(size, int) for size in plan.sizes):
         if len(_plans) >= 8192:
             _plans.clear()
         _plans[key] = plan

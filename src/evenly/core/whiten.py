@@ -171,10 +171,12 @@ def whitening_matrix(cov: Tensor, *, method: Method = "zca", eps: float = 0.0, i
         vectors = vectors * torch.sign(vectors.detach().gather(-2, largest))
         return values.clamp(min=torch.finfo(cov.dtype).tiny).rsqrt().unsqueeze(-1) * vectors.mT
     trace = cov.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    scaled = cov / trace
-    root = eye.expand_as(cov)
+    # The coupled form is stable where the uncoupled one diverges after it has converged: `sqrt` tends to the
+    # root of the scaled covariance, `root` to its inverse.
+    sqrt, root = cov / trace, eye.expand_as(cov)
     for _ in range(iterations):
-        root = 1.5 * root - 0.5 * (root @ root @ root @ scaled)
+        step = 1.5 * eye - 0.5 * (root @ sqrt)
+        sqrt, root = sqrt @ step, step @ root
     return root * trace.rsqrt()
 
 
@@ -391,7 +393,7 @@ def _check_method(method: str, shrinkage: Shrinkage, eps: float, iterations: int
             raise ValueError(f"shrinkage={shrinkage!r} is unknown, expected a number, 'ledoit-wolf' or 'oas'.")
     elif not 0 <= shrinkage <= 1:
         raise ValueError(f"shrinkage={shrinkage} is outside [0, 1].")
-    if eps < 0:
-        raise ValueError(f"eps={eps} is negative, expected at least 0.")
+    if not eps >= 0:
+        raise ValueError(f"eps={eps}, expected at least 0.")
     if iterations < 1:
         raise ValueError(f"iterations={iterations} is not positive.")

@@ -162,8 +162,8 @@ class FrozenBatchNorm(nn.Module):
         super().__init__()
         if num_features < 1:
             raise ValueError(f"num_features={num_features} must be positive.")
-        if eps < 0:
-            raise ValueError(f"eps={eps} is negative, expected at least 0.")
+        if not eps >= 0:
+            raise ValueError(f"eps={eps}, expected a number of at least 0.")
         self.num_features = num_features
         self.eps = eps
         self.activation: Activation | None = activation

@@ -91,8 +91,8 @@ class Norm(nn.Module):
         **sizes: int,
     ) -> None:
         super().__init__()
-        if eps is not None and eps < 0:
-            raise ValueError(f"eps={eps} is negative, expected at least 0.")
+        if eps is not None and not eps >= 0:
+            raise ValueError(f"eps={eps}, expected a number of at least 0.")
         if momentum is not None and not 0 <= momentum <= 1:
             raise ValueError(f"momentum={momentum} is outside [0, 1]; it is the weight of the new value.")
         if sync and running != pattern:

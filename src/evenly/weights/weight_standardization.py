@@ -54,8 +54,8 @@ class WeightStandardization(nn.Module):
 
     def __init__(self, eps: float = 1e-5, variant: Variant = "paper", transposed_groups: int | None = None) -> None:
         super().__init__()
-        if eps < 0:
-            raise ValueError(f"eps={eps} is negative, expected at least 0.")
+        if not eps >= 0:
+            raise ValueError(f"eps={eps}, expected a number of at least 0.")
         if variant not in _VARIANTS:
             raise ValueError(f"variant={variant!r} is unknown, expected one of {', '.join(map(repr, _VARIANTS))}.")
         self.eps = eps

@@ -78,7 +78,7 @@ class _Sharing:
             self.count = plan.count
         elif groups is None:
             assert mask is not None
-            self.count = mask.to(dtype).expand(plan.sizes).sum(self.dims, keepdim=True)
+            self.count = self.total(mask.to(dtype).expand(plan.sizes))
         else:
             # (rows, …) of how many values each row brings, then added up by group
             index = groups.index
@@ -106,7 +106,10 @@ class _Sharing:
         return v.mean(self.dims, keepdim=True)
 
     def largest(self, v: Tensor) -> Tensor:
-        """Largest of non-negative values that share a statistic."""
+        """Largest of non-negative values that share a statistic; 0 of none."""
+        if v.numel() == 0:
+            lead = self.plan.stat_shape if self.groups is None else (self.groups.size, *self.plan.stat_shape[1:])
+            return v.new_zeros(lead)
         if self.groups is None:
             return v.amax(self.dims, keepdim=True) if self.dims else v
         rows = v.amax(self.inner, keepdim=True) if self.inner else v
@@ -204,7 +207,7 @@ def normalize(x: Tensor, plan: Plan, call: Call) -> Result:
 
     y = _affine(v, plan, call, dtype)
     if call.residual is not None:
-        y = y + _elementary(call.residual, plan).to(dtype)
+        y = y + sharing.hide(_elementary(call.residual, plan).to(dtype))
     y = sharing.hide(_activate(y, call.activation))
     y = y.reshape(plan.shape).to(x.dtype) if plan.split else y.to(x.dtype)
     if not call.want_stats:
@@ -226,7 +229,7 @@ def _given(
     if call.var is not None:
         var = _stat_in(call.var, "var", plan, sharing, dtype)
         if call.scale is not None:
-            v = v * sharing.spread(torch.rsqrt(var + call.eps))
+            v = v / sharing.spread(torch.sqrt(var + call.eps))
     return v, mean, var
 
 
@@ -253,13 +256,13 @@ def _measured(v: Tensor, call: Call, sharing: _Sharing) -> tuple[Tensor, Tensor 
         # divide by the standard deviation, keep the mean
         centred, mean = _center(v, sharing)
         var = _corrected(sharing.mean(centred.square()), sharing, call.correction)
-        return v * sharing.spread(torch.rsqrt(var + call.eps)), mean, var
+        return v / sharing.spread(torch.sqrt(var + call.eps)), mean, var
     if call.center:
         v, mean = _center(v, sharing)
     if scale in ("std", "rms") or (scale is None and call.want_stats):
         var = _corrected(sharing.mean(v.square()), sharing, call.correction)
         if scale is not None:
-            v = v * sharing.spread(torch.rsqrt(var + call.eps))
+            v = v / sharing.spread(torch.sqrt(var + call.eps))
     elif scale is not None:
         v = v / sharing.spread(_norm(v, scale, call.eps, sharing))
     return v, mean, var
@@ -270,11 +273,12 @@ def _norm(v: Tensor, scale: str, eps: float, sharing: _Sharing) -> Tensor:
         return sharing.total(v.abs()).clamp(min=eps)
     if scale == "max":
         return sharing.largest(v.abs()).clamp(min=eps)
-    total = sharing.total(v.square())
-    # The root has no derivative at zero; below eps the norm is the constant eps. Clamping before the root
-    # keeps the gradient zero there instead of infinite times zero. eps² can underflow: clamp again after.
-    tiny = torch.finfo(v.dtype).tiny
-    return total.clamp(min=max(eps * eps, tiny)).sqrt().clamp(min=eps)
+    # Scaled by the largest value, squares neither overflow nor underflow. The norm does not depend on that
+    # scale, which is therefore not differentiated. The root has no derivative at zero: the clamp makes it 0.
+    largest = sharing.largest(v.detach().abs())
+    largest = torch.where((largest > 0) & largest.isfinite(), largest, torch.ones_like(largest))
+    total = sharing.total((v / sharing.spread(largest)).square())
+    return (total.clamp(min=torch.finfo(v.dtype).tiny).sqrt() * largest).clamp(min=eps)
 
 
 def _affine(v: Tensor, plan: Plan, call: Call, dtype: torch.dtype) -> Tensor:
