@@ -134,7 +134,7 @@ def _parse(text: str, pattern: str) -> ParsedExpression:
     try:
         return ParsedExpression(text)
     except EinopsError as error:
-        raise PatternError(f"Cannot read the pattern {pattern!r}: {error}") from None
+        raise PatternError(f"Cannot read the pattern {pattern!r}: {str(error).strip().rstrip('.')}.") from None
 
 
 def _expand(expression: ParsedExpression, ellipsis_axes: list[str]) -> list[list[object]]:
