@@ -141,9 +141,7 @@ class Claim:
 
     def __post_init__(self) -> None:
         if set(self.seeds) != set(BUDGETS):
-            raise ClaimError(
-                f"claim {self.id!r}: seeds are given for {sorted(self.seeds)}; expected {sorted(BUDGETS)}"
-            )
+            raise ClaimError(f"claim {self.id!r}: seeds are given for {sorted(self.seeds)}; expected {sorted(BUDGETS)}")
 
     def run(
         self,
@@ -396,7 +394,8 @@ def _named(claim: Claim, trial: Trial) -> Iterator[None]:
         yield
     except Exception as error:
         raise ClaimError(
-            f"claim {claim.id!r}: the trial {trial.arm!r} with seed {trial.seed} failed: {type(error).__name__}: {error}"
+            f"claim {claim.id!r}: the trial {trial.arm!r} with seed {trial.seed} failed: "
+            f"{type(error).__name__}: {error}"
         ) from error
 
 

@@ -41,9 +41,7 @@ def dots(axes: Axes, groups: list[tuple[str, list[float], str]], label: str) -> 
         shift = [place + 0.16 * ((number * 7) % 5 - 2) / 2 for number in range(len(values))]
         axes.plot(shift, values, "o", color=colour, alpha=0.6, markersize=4, markeredgewidth=0)
         if values:
-            axes.plot(
-                [place - 0.28, place + 0.28], [statistics.median(values)] * 2, color=colour, linewidth=2
-            )
+            axes.plot([place - 0.28, place + 0.28], [statistics.median(values)] * 2, color=colour, linewidth=2)
     axes.set_xticks(range(len(groups)), [name for name, _, _ in groups])
     axes.set_xlim(-0.6, len(groups) - 0.4)
     axes.set_ylabel(label)
@@ -66,9 +64,6 @@ def _dots_of_every_metric(figure: Figure, results: Results, judgement: Judgement
         ]
         dots(
             axes,
-            [
-                (name, [value for value in values if value is not None], colour)
-                for name, values, colour in sides
-            ],
+            [(name, [value for value in values if value is not None], colour) for name, values, colour in sides],
             metric.name,
         )

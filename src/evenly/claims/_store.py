@@ -53,10 +53,7 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         (
             result["id"],
             metric["name"],
-            *(
-                f"{side['name']}: {spread(side['per_seed'])}"
-                for side in (metric["baseline"], metric["method"])
-            ),
+            *(f"{side['name']}: {spread(side['per_seed'])}" for side in (metric["baseline"], metric["method"])),
         )
         for metric in result["metrics"]
     ]
@@ -111,9 +108,7 @@ def dumps(value: Any, indent: int = 0) -> str:
     if isinstance(value, dict) and value:
         if indent > 3 and not any(isinstance(entry, dict | list | tuple) for entry in value.values()):
             return "{" + ", ".join(f"{json.dumps(key)}: {dumps(entry)}" for key, entry in value.items()) + "}"
-        body = ",\n".join(
-            f"{pad}{json.dumps(key)}: {dumps(entry, indent + 1)}" for key, entry in value.items()
-        )
+        body = ",\n".join(f"{pad}{json.dumps(key)}: {dumps(entry, indent + 1)}" for key, entry in value.items())
         return "{\n" + body + "\n" + " " * indent + "}"
     if isinstance(value, list | tuple):
         if not any(isinstance(entry, dict | list | tuple) for entry in value):

@@ -53,9 +53,7 @@ ARMS: dict[str, dict[str, Any]] = {
         for norm in ("none", "BN", "LN")
         for batch in (128, 4)
     },
-    **{
-        f"{cell} lr={lr:g}": {"cell": cell, "lr": lr} for cell in ("LSTM", "LN-LSTM") for lr in LEARNING_RATES
-    },
+    **{f"{cell} lr={lr:g}": {"cell": cell, "lr": lr} for cell in ("LSTM", "LN-LSTM") for lr in LEARNING_RATES},
 }
 
 
@@ -73,9 +71,7 @@ def plan(budget: str, results: Results) -> list[Trial]:
     tuning = [Trial(arm, TUNING_SEED) for arm in ARMS if not arm.startswith("mlp")]
     trials += tuning
     if all(one in results for one in tuning):
-        trials += [
-            Trial(_tuned(results, cell), seed) for seed in seeds[:LSTM_SEEDS] for cell in ("LSTM", "LN-LSTM")
-        ]
+        trials += [Trial(_tuned(results, cell), seed) for seed in seeds[:LSTM_SEEDS] for cell in ("LSTM", "LN-LSTM")]
     return trials
 
 
@@ -96,9 +92,10 @@ def judge(results: Results) -> Judgement:
         reasons.append("batch norm at batch 4 fits the training digits as well as layer norm")
     if change >= 0.5:
         reasons.append(
-            "after the same number of samples the network at batch 128 has made 32 times fewer updates, and its test "
-            "error still shows that (the network without normalization changes by "
-            f"{abs(float(np.mean(error['mlp none batch=128'])) - float(np.mean(error['mlp none batch=4']))):.2f} points)"
+            "after the same number of samples the network at batch 128 has made 32 times fewer updates, "
+            "and its test error still shows that (the network without normalization changes by "
+            f"{abs(float(np.mean(error['mlp none batch=128'])) - float(np.mean(error['mlp none batch=4']))):.2f} "
+            "points)"
         )
     if recurrent < 0.8:
         reasons.append("at its own best learning rate the plain LSTM is as good after as many steps")
@@ -108,9 +105,7 @@ def judge(results: Results) -> Judgement:
             Metric("training NLL, batch 4", "BN", nll["mlp BN batch=4"], "LN", nll["mlp LN batch=4"]),
             Metric("training NLL, batch 128", "BN", nll["mlp BN batch=128"], "LN", nll["mlp LN batch=128"]),
             Metric("test error %, batch 4", "BN", error["mlp BN batch=4"], "LN", error["mlp LN batch=4"]),
-            Metric(
-                "test error %, batch 128", "BN", error["mlp BN batch=128"], "LN", error["mlp LN batch=128"]
-            ),
+            Metric("test error %, batch 128", "BN", error["mlp BN batch=128"], "LN", error["mlp LN batch=128"]),
             Metric(
                 "LSTM training loss at the last step",
                 arms["LSTM"],
@@ -134,9 +129,7 @@ def judge(results: Results) -> Judgement:
         notes={
             "mean test error %": {arm: round(float(np.mean(values)), 3) for arm, values in error.items()},
             "mean training NLL": {arm: round(float(np.mean(values)), 5) for arm, values in nll.items()},
-            "tuning loss": {
-                arm: _values(results, arm, "loss")[0] for arm in ARMS if not arm.startswith("mlp")
-            },
+            "tuning loss": {arm: _values(results, arm, "loss")[0] for arm in ARMS if not arm.startswith("mlp")},
             "median time a step, ms": {cell: float(np.median(values)) for cell, values in pace.items()},
         },
     )
@@ -233,9 +226,7 @@ def _corpus() -> tuple[torch.Tensor, int]:
     folder = Path(sysconfig.get_paths()["stdlib"])
     missing = [name for name in MODULES if not (folder / f"{name}.py").is_file()]
     if missing:
-        raise ClaimError(
-            f"this Python has no source files for {', '.join(missing)}, which the claim trains on"
-        )
+        raise ClaimError(f"this Python has no source files for {', '.join(missing)}, which the claim trains on")
     text = "".join((folder / f"{name}.py").read_text(encoding="utf-8") for name in MODULES)
     codes = np.frombuffer(text.encode("ascii", "ignore"), dtype=np.uint8)
     symbols, places = np.unique(codes, return_inverse=True)
@@ -245,9 +236,7 @@ def _corpus() -> tuple[torch.Tensor, int]:
 def _values(results: Results, arm: str, key: str, counted: bool = False) -> list[float]:
     # A loss that was not finite is stored as None and loses every comparison.
     chosen = [
-        outcome[key]
-        for one, outcome in results.items()
-        if one.arm == arm and not (counted and one.seed == TUNING_SEED)
+        outcome[key] for one, outcome in results.items() if one.arm == arm and not (counted and one.seed == TUNING_SEED)
     ]
     return [float("inf") if value is None else value for value in chosen]
 
@@ -267,8 +256,8 @@ def _share(lower: Sequence[float], higher: Sequence[float]) -> float:
 CLAIM = Claim(
     id="layer-normalization",
     statement=(
-        "Layer normalization trains as well at batch 4 as at batch 128, where batch normalization degrades, and an LSTM "
-        "with it trains faster."
+        "Layer normalization trains as well at batch 4 as at batch 128, where batch normalization "
+        "degrades, and an LSTM with it trains faster."
     ),
     criterion=(
         "At batch 4 LN's training NLL < BN's in >= 8 of 10 seeds, and LN's final test error changes by less than 0.5 "
