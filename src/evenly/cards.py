@@ -96,6 +96,6 @@ def _object(name: str) -> dict[str, str]:
     summary = (inspect.getdoc(found) or "").strip().split("\n\n")[0]
     return {
         "name": f"{module}.{attribute}",
-        "signature": signature.removesuffix(" -> None").replace("'", ""),
+        "signature": signature.replace("'", "").removesuffix(" -> None"),
         "summary": " ".join(summary.split()),
     }

@@ -68,9 +68,7 @@ def claim(
         Path | None,
         typer.Option(help="Folder for ID.json and ID.svg. [default: docs/claims of the checkout]"),
     ] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes. [default: one a core, at most 2]")
-    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes. [default: one a core, at most 2]")] = None,
 ) -> None:
     """Check what a paper claims: train baseline and method over the seeds, judge, keep the numbers.
 
@@ -90,6 +88,19 @@ def claim(
                 title=f"{result['id']}: median [lowest, highest] over the seeds",
             )
             terminal.pairs(result["id"], claims.verdict(result))
+
+
+@app.command()
+def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Show versions, devices, which backend serves which operator, and what each extra would add."""
+    from evenly import doctor as doctor_
+    from evenly import terminal
+
+    facts = doctor_.report()
+    if json:
+        _print_json(facts)
+        return
+    terminal.pairs("evenly doctor", doctor_.render(facts))
 
 
 @contextlib.contextmanager

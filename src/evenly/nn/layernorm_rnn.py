@@ -171,7 +171,7 @@ class LayerNormLSTMCell(nn.Module):
 
     def _project(self, x: Tensor) -> Tensor:
         # What the input adds to the gates. It does not depend on the state: all time steps go through at once.
-        return self.norm_ih(nn.functional.linear(x, self.weight_ih), residual=self.bias)
+        return self.norm_ih(nn.functional.linear(x, self.weight_ih), shift=self.bias)
 
     def _step(self, projected: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         gates = self.norm_hh(nn.functional.linear(h, self.weight_hh), residual=projected)
@@ -421,10 +421,9 @@ class _GateNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(size, device=device, dtype=dtype))
 
-    def forward(self, z: Tensor, residual: Tensor | None = None) -> Tensor:
-        if residual is not None and residual.shape != z.shape:
-            return self(z) + residual
-        affine: dict[str, Any] = {"weight": self.weight, "bias": self.bias, "eps": self.eps, "residual": residual}
+    def forward(self, z: Tensor, residual: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        bias = self.bias if shift is None else self.bias + shift
+        affine: dict[str, Any] = {"weight": self.weight, "bias": bias, "eps": self.eps, "residual": residual}
         if self.gates == 1:
             return normalize(z, "... d -> ...", **affine)
         return normalize(z, "... (gate d) -> ... gate", affine="(gate d)", gate=self.gates, **affine)

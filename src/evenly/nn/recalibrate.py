@@ -21,9 +21,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
+from evenly.nn.norm import Norm
 from torch import nn
-
-from evenly.nn.norm import BatchNorm
 
 __all__ = ["recalibrate_"]
 
@@ -63,11 +62,7 @@ def recalibrate_(model: _Module, batches: Iterable[Any], num_batches: int | None
     """
     if num_batches is not None and num_batches < 1:
         raise ValueError(f"num_batches is {num_batches}; expected 1 or more, or None for all")
-    layers = [
-        layer
-        for layer in model.modules()
-        if isinstance(layer, BatchNorm | nn.modules.batchnorm._BatchNorm) and layer.running_mean is not None
-    ]
+    layers: list[Any] = [layer for layer in model.modules() if _tracks_batches(layer)]
     if not layers:
         raise ValueError("the model has no batch norm that tracks running statistics; there is nothing to recalibrate")
     modes = {module: module.training for module in model.modules()}
@@ -78,7 +73,7 @@ def recalibrate_(model: _Module, batches: Iterable[Any], num_batches: int | None
     try:
         model.eval()
         for layer in layers:
-            layer.reset_running_stats()  # type: ignore[operator]
+            layer.reset_running_stats()
             layer.momentum = None  # a cumulative average: each batch weighs the same
             layer.train()
         device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), None)
@@ -100,6 +95,13 @@ def recalibrate_(model: _Module, batches: Iterable[Any], num_batches: int | None
                 for name, buffer in buffers.items():
                     getattr(layer, name).copy_(buffer)
     return model
+
+
+def _tracks_batches(layer: nn.Module) -> bool:
+    # A batch norm of ours is a Norm whose training statistic is the one that it keeps; an instance norm is not.
+    if isinstance(layer, Norm):
+        return layer.running_mean is not None and layer.running == layer.pattern
+    return isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is not None
 
 
 def _call(model: nn.Module, batch: Any, device: torch.device | None) -> None:
