@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
 app = typer.Typer(
@@ -10,6 +15,108 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+
+@app.command("list")
+def list_(
+    area: Annotated[str | None, typer.Option(help="Only this area (nn, weights, optim, ...).")] = None,
+    todo: Annotated[bool, typer.Option("--todo", help="Only methods that are planned.")] = False,
+    done: Annotated[bool, typer.Option("--done", help="Only methods that are done.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the methods: id, area, state, paper, title. Tab-separated lines when piped."""
+    from evenly import cards, catalog, terminal
+
+    if todo and done:
+        raise typer.BadParameter("--todo and --done exclude each other; give neither to see both")
+    with _usage(catalog.CatalogError):
+        rows = cards.listing(area, "planned" if todo else "done" if done else None)
+    if json:
+        _print_json([{**vars(row), "link": row.link} for row in rows])
+        return
+    terminal.table(
+        ["id", "area", "state", "paper", "title"],
+        [(row.id, row.area, row.state, row.arxiv or row.link, row.title) for row in rows],
+        title=f"{len(rows)} methods, {sum(row.done for row in rows)} done",
+        nowrap=["id", "area", "state"],
+        styles=["green" if row.done else "" for row in rows],
+    )
+
+
+@app.command()
+def show(
+    id: Annotated[str, typer.Argument(help="A method's id, as `evenly list` prints it.")],
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show one method: its paper, its objects, what its claim found, and how to run it."""
+    from evenly import cards, catalog, terminal
+
+    with _usage(catalog.CatalogError):
+        facts = cards.card(id)
+    if json:
+        _print_json(facts)
+        return
+    terminal.pairs(facts["id"], cards.render(facts))
+
+
+@app.command()
+def claim(
+    id: Annotated[str | None, typer.Argument(help="The id of a method that has a claim.")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Every claim.")] = False,
+    budget: Annotated[str, typer.Option(help="full decides; small is a smoke test of seconds.")] = "full",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for ID.json and ID.svg. [default: docs/claims of the checkout]"),
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes. [default: one a core, at most 2]")] = None,
+) -> None:
+    """Check what a paper claims: train baseline and method over the seeds, judge, keep the numbers.
+
+    A run that is stopped goes on where it was when started again.
+    """
+    from evenly import catalog, claims, terminal
+
+    if (id is None) != all_:
+        raise typer.BadParameter("give one ID, or --all")
+    with _usage(claims.ClaimError, catalog.CatalogError):
+        for chosen in [claims.get(name) for name in (claims.available() if id is None else [id])]:
+            with terminal.progress() as report:
+                result = claims.run_claim(chosen, budget, out=out, workers=workers, progress=report)
+            terminal.table(
+                ["claim", "metric", "baseline", "method"],
+                claims.rows(result),
+                title=f"{result['id']}: median [lowest, highest] over the seeds",
+            )
+            terminal.pairs(result["id"], claims.verdict(result))
+
+
+@app.command()
+def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Show versions, devices, which backend serves which operator, and what each extra would add."""
+    from evenly import doctor as doctor_
+    from evenly import terminal
+
+    facts = doctor_.report()
+    if json:
+        _print_json(facts)
+        return
+    terminal.pairs("evenly doctor", doctor_.render(facts))
+
+
+@contextlib.contextmanager
+def _usage(*errors: type[Exception]) -> Iterator[None]:
+    # A wrong argument ends with its message and exit code 2, without a traceback.
+    try:
+        yield
+    except errors as error:
+        typer.echo(f"evenly: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+def _print_json(value: object) -> None:
+    import json
+
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def main() -> None:
