@@ -178,17 +178,13 @@ def read(path: str | os.PathLike[str]) -> tuple[Method, ...]:
         raise CatalogError(f"{path.name} is not valid TOML: {error}") from error
     extra = sorted(set(document) - {"method"})
     if extra:
-        raise CatalogError(
-            f"{path.name}: unknown top-level key {_or(extra)}; expected [[method]] tables only"
-        )
+        raise CatalogError(f"{path.name}: unknown top-level key {_or(extra)}; expected [[method]] tables only")
     rows: list[Method] = []
     seen: dict[str, int] = {}
     for number, table in enumerate(document.get("method", ()), start=1):
         row = _row(f"{path.name}, method {number}", table)
         if row.id in seen:
-            raise CatalogError(
-                f"{path.name}: the id {row.id!r} is used twice, by methods {seen[row.id]} and {number}"
-            )
+            raise CatalogError(f"{path.name}: the id {row.id!r} is used twice, by methods {seen[row.id]} and {number}")
         seen[row.id] = number
         rows.append(row)
     return tuple(rows)
@@ -220,14 +216,10 @@ def _row(where: str, table: Mapping[str, Any]) -> Method:
     if "arxiv" in table and not _ARXIV.fullmatch(table["arxiv"]):
         raise CatalogError(f"{where}: arxiv is {table['arxiv']!r}; expected a number such as '1502.03167'")
     if "reference" in table and not table["reference"].startswith("https://"):
-        raise CatalogError(
-            f"{where}: reference is {table['reference']!r}; expected a link that begins with https://"
-        )
+        raise CatalogError(f"{where}: reference is {table['reference']!r}; expected a link that begins with https://")
     objects = table["objects"]
     if not isinstance(objects, list):
-        raise CatalogError(
-            f"{where}: objects is {objects!r}; expected a list such as ['evenly.nn:BatchNorm']"
-        )
+        raise CatalogError(f"{where}: objects is {objects!r}; expected a list such as ['evenly.nn:BatchNorm']")
     for entry in objects:
         if not (isinstance(entry, str) and _OBJECT.fullmatch(entry)):
             raise CatalogError(f"{where}: objects has {entry!r}; expected 'evenly.module:name'")

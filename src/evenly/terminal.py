@@ -42,9 +42,7 @@ def table(
     """
     for row in rows:
         if len(row) != len(columns):
-            raise ValueError(
-                f"a row has {len(row)} cells; expected {len(columns)} for {list(columns)}: {list(row)}"
-            )
+            raise ValueError(f"a row has {len(row)} cells; expected {len(columns)} for {list(columns)}: {list(row)}")
     if not interactive():
         for row in rows:
             print("\t".join(" ".join(cell.split()) for cell in row))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from evenly.core import normalize
 from evenly.core.normalize import Activation
 from evenly.core.patterns import product
-from evenly.nn.norm import Norm, check_axis
+from evenly.nn.norm import Norm, check_axis, check_positive
 
 __all__ = ["BatchNorm", "FrozenBatchNorm"]
 
@@ -77,6 +77,7 @@ class BatchNorm(Norm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_positive(type(self).__name__, num_features=num_features)
         if channel_dim not in (1, -1):
             raise ValueError(f"channel_dim={channel_dim}, expected 1 for (N, C, ...) or -1 for (..., C).")
         pattern = _PATTERN if channel_dim == 1 else "... c -> c"
@@ -160,8 +161,7 @@ class FrozenBatchNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if num_features < 1:
-            raise ValueError(f"num_features={num_features} must be positive.")
+        check_positive(type(self).__name__, num_features=num_features)
         if not eps >= 0:
             raise ValueError(f"eps={eps}, expected a number of at least 0.")
         self.num_features = num_features

@@ -21,7 +21,7 @@ from torch import Tensor
 from evenly.core import PatternError
 from evenly.core.normalize import Activation
 from evenly.core.patterns import product
-from evenly.nn.norm import Norm, check_axis
+from evenly.nn.norm import Norm, check_axis, check_positive
 
 __all__ = ["GroupNorm", "InstanceNorm"]
 
@@ -55,7 +55,8 @@ class GroupNorm(Norm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if num_groups < 1 or num_channels % num_groups:
+        check_positive(type(self).__name__, num_groups=num_groups, num_channels=num_channels)
+        if num_channels % num_groups:
             divisors = [g for g in range(1, num_channels + 1) if num_channels % g == 0]
             raise ValueError(
                 f"num_groups={num_groups} does not divide num_channels={num_channels}; its divisors are {divisors}."
@@ -119,6 +120,7 @@ class InstanceNorm(Norm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_positive(type(self).__name__, num_features=num_features)
         super().__init__(
             "n c ... -> n c",
             num_features,

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from evenly.core import PatternError
 from evenly.core.normalize import Activation, Scale
-from evenly.nn.norm import Norm
+from evenly.nn.norm import Norm, check_positive
 
 __all__ = ["LayerNorm", "RMSNorm", "ScaleNorm"]
 
@@ -164,7 +164,8 @@ class RMSNorm(_TrailingNorm):
         )
 
     def _eps(self, x: Tensor) -> float | None:
-        return torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        # integers are refused by normalize, with a better message than finfo's
+        return torch.finfo(x.dtype).eps if self.eps is None and x.is_floating_point() else self.eps
 
 
 class ScaleNorm(Norm):
@@ -198,8 +199,7 @@ class ScaleNorm(Norm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if dim < 1:
-            raise ValueError(f"dim={dim} must be positive.")
+        check_positive(type(self).__name__, dim=dim)
         if eps <= 0:
             raise ValueError(f"eps={eps} must be positive.")
         self.init_scale = math.sqrt(dim) if init_scale is None else init_scale

@@ -65,6 +65,7 @@ class Norm(nn.Module):
     Norm('n (g c) h w -> n g', 6, affine='(g c)', g=3)
     """
 
+    _version = 2
     running_mean: Tensor | None
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
@@ -208,6 +209,8 @@ class Norm(nn.Module):
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return  # recomputed inside a backward pass (activation checkpointing): it was counted already
         mean, var, count = measured.mean.detach(), measured.var.detach(), measured.count
+        if count.numel() == 0:
+            return
         enough = count > 1
         var = var * (count / (count - 1).clamp(min=1))
         if self.running != self.pattern:
@@ -219,8 +222,18 @@ class Norm(nn.Module):
         factor = 1.0 / self.num_batches_tracked.to(var.dtype) if self.momentum is None else self.momentum
         # A statistic of fewer than two values (all others masked) teaches nothing.
         step = torch.where(enough, factor, torch.zeros_like(var)).to(self.running_var.dtype)
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), step)
-        self.running_var.lerp_(var.to(self.running_var.dtype), step)
+        for running, value in ((self.running_mean, mean), (self.running_var, var)):
+            running.lerp_(torch.where(enough, value.to(running.dtype), running), step)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        # Like torch.nn: state dicts from before the counter existed load strictly.
+        key = prefix + "num_batches_tracked"
+        version = local_metadata.get("version")
+        if (version is None or version < 2) and self.num_batches_tracked is not None and key not in state_dict:
+            state_dict[key] = torch.zeros((), dtype=torch.long)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def extra_repr(self) -> str:
         parts = [repr(self.pattern)]
@@ -262,6 +275,13 @@ def _shape(value: int | Sequence[int] | None, name: str) -> tuple[int, ...] | No
     if any(size < 1 for size in shape):
         raise ValueError(f"{name}={value!r} must be positive.")
     return shape
+
+
+def check_positive(layer: str, **sizes: int) -> None:
+    """One clear error for sizes that must be positive."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{layer} got {name}={size}, expected a positive number.")
 
 
 def check_axis(x: Tensor, axis: int, size: int, layer: str, minimum: int = 2) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from evenly.core import covariance, whiten
 from evenly.core.whiten import Method, _check_method
-from evenly.nn.norm import check_axis
+from evenly.nn.norm import check_axis, check_positive
 
 __all__ = ["Whiten"]
 
@@ -68,7 +68,8 @@ class Whiten(nn.Module):
     ) -> None:
         super().__init__()
         size = num_features if group_size is None else group_size
-        if num_features < 1 or size < 1 or num_features % size:
+        check_positive(type(self).__name__, num_features=num_features, group_size=size)
+        if num_features % size:
             raise ValueError(f"group_size={size} does not divide num_features={num_features}.")
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum={momentum} is outside [0, 1]; it is the weight of the new value.")

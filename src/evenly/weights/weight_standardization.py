@@ -105,6 +105,8 @@ def weight_standardization(
     >>> weight_standardization(torch.nn.Conv1d(4, 8, 3)).weight.shape
     torch.Size([8, 4, 3])
     """
+    if _standardized(module, name):
+        raise ValueError(f"The {name} of {type(module).__name__} is standardized already.")
     groups = module.groups if isinstance(module, _TRANSPOSED) else None
     parametrization = WeightStandardization(eps, variant, groups)
     with torch.no_grad():
@@ -128,10 +130,11 @@ def weight_standardize_(
             more than one weight.
 
     Returns:
-        The names of the modules that were standardized.
+        The names of the modules that were standardized; those that were before are left as they are.
 
     Raises:
-        ValueError: a name in ``only`` is not a convolution of the model, or nothing was found.
+        ValueError: a name in ``only`` is not a convolution of the model or is standardized already, or nothing was
+            found.
 
     >>> weight_standardize_(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU()))
     ['0']
@@ -141,6 +144,9 @@ def weight_standardize_(
     }
     if only is None:
         chosen = [name for name, module in convolutions.items() if _fan_in(module) > 1]
+        if chosen and all(_standardized(convolutions[name], "weight") for name in chosen):
+            return []
+        chosen = [name for name in chosen if not _standardized(convolutions[name], "weight")]
     elif callable(only):
         chosen = [name for name, module in convolutions.items() if only(name, module)]
     else:
@@ -153,6 +159,13 @@ def weight_standardize_(
     for name in chosen:
         weight_standardization(convolutions[name], eps=eps, variant=variant)
     return chosen
+
+
+def _standardized(module: nn.Module, name: str) -> bool:
+    if not parametrize.is_parametrized(module, name):
+        return False
+    steps = module.parametrizations[name]  # type: ignore[index]
+    return any(isinstance(step, WeightStandardization) for step in steps)
 
 
 def _fan_in(module: nn.Module) -> int:
