@@ -301,8 +301,8 @@ def test_random_patterns(data, zero, dtype, how, seed):
     case = data.draw(cases(zero=zero))
     options = _cast(data.draw(options_for(case, seed)), dtype)
     x = torch.randn(case.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 + 1
-    # eps large enough that a group of one value is not a division of rounding errors by rounding errors.
-    check(lay_out(x.to(dtype), how), case.pattern, eps=0.05, **options, **case.sizes)
+    # eps large enough that a group of equal values is not a division of rounding errors by rounding errors.
+    check(lay_out(x.to(dtype), how), case.pattern, eps=0.5, **options, **case.sizes)
 
 
 @given(
@@ -318,7 +318,7 @@ def test_random_ragged_patterns(data, dtype, how, seed):
     gen = torch.Generator().manual_seed(seed)
     by = torch.randint(-2, 3, case.shape[:1], generator=gen) * data.draw(st.sampled_from([1, 1000]))
     x = torch.randn(case.shape, generator=gen, dtype=torch.float64) * 2 + 1
-    check(lay_out(x.to(dtype), how), case.pattern, by=by, eps=0.05, **options, **case.sizes)
+    check(lay_out(x.to(dtype), how), case.pattern, by=by, eps=0.5, **options, **case.sizes)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])
@@ -377,7 +377,8 @@ def test_layouts_forward_and_backward(how, dtype):
         torch.testing.assert_close(gc, gb, rtol=4 * rtol, atol=4 * atol)
         y = evenly.normalize(view, pattern, **sizes)
         (gd,) = torch.autograd.grad(y.sum(), view)
-        assert gd.abs().max() < 1e-1 if dtype in (torch.bfloat16, torch.float16) else 1e-4
+        # The sum of a normalized group does not depend on x; the gradient of .sum() arrives with stride 0.
+        assert gd.abs().max() < {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-3)
 
 
 def test_channels_last_stays_channels_last():
