@@ -99,8 +99,8 @@ def test_never_less_accurate_than_torch(name, kind, dtype, table):
     ours, theirs, (pattern, options) = OPERATORS[name]
     x = INPUTS[kind](torch.randn(SHAPE, dtype=torch.float64)).to(dtype)
     want = oracle.normalize(x.double().numpy(), pattern, **options)
-    # Below this relative error the difference between two results is the rounding of the output.
-    floor = {torch.float32: 1.5e-7, torch.float64: 3e-16, torch.bfloat16: 2.5e-3}[dtype]
+    # Below this (five roundings) the order of the operations decides, not the algorithm.
+    floor = {torch.float32: 3e-7, torch.float64: 6e-16, torch.bfloat16: 2.5e-3}[dtype]
     for how, view in [("contiguous", x), ("channels_last", x.contiguous(memory_format=torch.channels_last))]:
         a, b = _error(ours(view), want), _error(theirs(view), want)
         table.append((name, kind, dtype, how, a, b))

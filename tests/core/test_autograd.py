@@ -158,5 +158,6 @@ def test_low_precision_gradients(scale, activation, dtype):
         unit = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
         for want, got in zip(*grads, strict=True):
             assert got.dtype == dtype
-            err = (got.double() - want).abs().max() / want.abs().max().clamp_min(1e-3)
+            # Relative to the terms of the sum, which are of size 1 where they cancel.
+            err = (got.double() - want).abs().max() / want.abs().max().clamp_min(0.1)
             assert err < 4 * unit, (center, masked, ragged, float(err))
