@@ -8,9 +8,10 @@ import pickle
 
 import pytest
 import torch
-from conformance.cases import LAYERS, LayerCase, build, devices
 from torch import nn
 from torch.autograd import gradcheck
+
+from conformance.cases import LAYERS, LayerCase, build, devices
 
 every_layer = pytest.mark.parametrize("case", LAYERS, ids=str)
 on_every_device = pytest.mark.parametrize("device", devices())
@@ -46,7 +47,7 @@ def applies(condition, why):
         pytest.skip(why)
 
 
-# ---- types, devices, shapes ---------------------------------------------------------------------------------------
+# ---- types, devices, shapes ------------------------------------------------------------------------------
 
 
 @every_layer
@@ -171,7 +172,7 @@ def test_memory_formats(case):
         assert build(case)(views[-1].float()).is_contiguous(memory_format=torch.channels_last)
 
 
-# ---- derivatives ------------------------------------------------------------------------------------------------------
+# ---- derivatives -----------------------------------------------------------------------------------------
 
 
 @every_layer
@@ -191,8 +192,10 @@ def test_gradcheck(case):
             small = tuple(min(n, 4) if i == 0 else n for i, n in enumerate(shape))
             x = data(small, torch.float64).requires_grad_()
             r = data(small, torch.float64, seed=12).requires_grad_()
-            assert gradcheck(run, (x, r, *params), fast_mode=True) if case.residual else gradcheck(
-                lambda x, *p, run=run: run(x, None, *p), (x, *params), fast_mode=True
+            assert (
+                gradcheck(run, (x, r, *params), fast_mode=True)
+                if case.residual
+                else gradcheck(lambda x, *p, run=run: run(x, None, *p), (x, *params), fast_mode=True)
             )
 
 
@@ -211,7 +214,7 @@ def test_no_grad_and_frozen_parameters(case):
     assert all(p.grad is None for p in layer.parameters())
 
 
-# ---- the layer of torch that it replaces --------------------------------------------------------------------------
+# ---- the layer of torch that it replaces -----------------------------------------------------------------
 
 
 @every_layer
@@ -243,7 +246,7 @@ def test_equals_torch(case, dtype):
             torch.testing.assert_close(p, q, **tol)
 
 
-# ---- state, copies ------------------------------------------------------------------------------------------------
+# ---- state, copies ---------------------------------------------------------------------------------------
 
 
 def _run(layer, case):
@@ -328,7 +331,7 @@ def test_inputs_are_not_modified(case):
     assert torch.equal(r, b)
 
 
-# ---- residual and mask ----------------------------------------------------------------------------------------------
+# ---- residual and mask -----------------------------------------------------------------------------------
 
 
 @every_layer
@@ -365,7 +368,7 @@ def test_mask(case):
         torch.testing.assert_close(build(case)(data(shape), mask=whole), build(case)(data(shape)))
 
 
-# ---- compilers -------------------------------------------------------------------------------------------------------
+# ---- compilers -------------------------------------------------------------------------------------------
 
 
 @every_layer
@@ -420,7 +423,7 @@ def test_autocast(case, dtype):
         assert buffer.dtype in (torch.float32, torch.int64)
 
 
-# ---- bad input, NaN, extreme scale --------------------------------------------------------------------------------
+# ---- bad input, NaN, extreme scale -----------------------------------------------------------------------
 
 
 @every_layer
@@ -505,7 +508,7 @@ def test_it_normalizes(case):
         assert not torch.allclose(build(case, dtype=torch.float64)(x * 1000), y)
 
 
-# ---- how it looks ---------------------------------------------------------------------------------------------------
+# ---- how it looks ----------------------------------------------------------------------------------------
 
 
 @every_layer

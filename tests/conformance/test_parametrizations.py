@@ -7,10 +7,11 @@ import io
 
 import pytest
 import torch
-from conformance.cases import PARAMETRIZATIONS, ParametrizationCase, devices
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils import parametrize
+
+from conformance.cases import PARAMETRIZATIONS, ParametrizationCase, devices
 
 every_parametrization = pytest.mark.parametrize("case", PARAMETRIZATIONS, ids=str)
 

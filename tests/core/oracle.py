@@ -200,9 +200,7 @@ def normalize(
     return np.where(keep.reshape(x.shape), y, 0).astype(np.float64)
 
 
-def whiten(
-    x, pattern: str, *, by=None, method="zca", eps=1e-5, shrinkage=0.0, mask=None, num_groups=None, **sizes
-):
+def whiten(x, pattern: str, *, by=None, method="zca", eps=1e-5, shrinkage=0.0, mask=None, num_groups=None, **sizes):
     """Centre each group, then multiply by a square root of the inverse of its covariance + eps.
 
     The last axis on the right is the feature axis; what else is on the right keeps a covariance of its own.

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from core import oracle
 
 import evenly
+from core import oracle
 
 SHAPE = (8, 16, 12, 12)
 

@@ -58,7 +58,9 @@ BAD_PATTERNS = {  # name: pattern, sizes, words that the message must hold (regu
 }
 
 
-@pytest.mark.parametrize("call", [evenly.normalize, evenly.moments, evenly.whiten], ids=["normalize", "moments", "whiten"])
+@pytest.mark.parametrize(
+    "call", [evenly.normalize, evenly.moments, evenly.whiten], ids=["normalize", "moments", "whiten"]
+)
 @pytest.mark.parametrize("name", BAD_PATTERNS)
 def test_bad_patterns(name, call):
     pattern, sizes, words = BAD_PATTERNS[name]
@@ -112,7 +114,11 @@ BAD_OPTIONS = {
     "weight of two axes": (ValueError, {"weight": torch.ones(6, 4)}, r"weight"),
     "bias too long": (ValueError, {"bias": torch.ones(4)}, r"bias.*\b4\b.*\b6\b|bias.*\b6\b.*\b4\b"),
     "affine of another axis": (ValueError, {"weight": torch.ones(6), "affine": "d"}, r"\bd\b"),
-    "affine of the wrong axis": (ValueError, {"weight": torch.ones(6), "affine": "h"}, r"weight.*\b6\b.*\b4\b|\b4\b.*\b6\b"),
+    "affine of the wrong axis": (
+        ValueError,
+        {"weight": torch.ones(6), "affine": "h"},
+        r"weight.*\b6\b.*\b4\b|\b4\b.*\b6\b",
+    ),
     "affine twice": (ValueError, {"weight": torch.ones(6), "affine": "c c"}, r"\bc\b"),
     "residual of another shape": (ValueError, {"residual": torch.ones(2, 6, 5)}, r"residual"),
     "residual that would enlarge x": (ValueError, {"residual": torch.ones(3, 2, 6, 4)}, r"residual"),
@@ -155,7 +161,9 @@ def test_affine_must_be_named_where_it_is_not_clear(pattern):
         evenly.normalize(X, pattern, weight=torch.ones(6), **sizes)
 
 
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128, torch.int64, torch.int32, torch.uint8, torch.bool])
+@pytest.mark.parametrize(
+    "dtype", [torch.complex64, torch.complex128, torch.int64, torch.int32, torch.uint8, torch.bool]
+)
 def test_input_types_that_are_refused(dtype):
     x = torch.ones(2, 6, 4).to(dtype)
     for call in (evenly.normalize, evenly.moments):

@@ -7,11 +7,11 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from core import oracle
-from core.strategies import DTYPES, LAYOUTS, cases, lay_out
 from hypothesis import given, settings
 
 import evenly
+from core import oracle
+from core.strategies import DTYPES, LAYOUTS, cases, lay_out
 
 
 def check(x, pattern, rtol=1e-12, **options):

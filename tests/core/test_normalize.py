@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from core import oracle
-from core.strategies import DTYPES, LAYOUTS, Case, cases, lay_out
 from hypothesis import given, settings
 
 import evenly
+from core import oracle
+from core.strategies import DTYPES, LAYOUTS, Case, cases, lay_out
 
 SCALES = ["std", "rms", "l2", "l1", "max", None]
 ACTIVATIONS = [None, "relu", "silu", "gelu"]
@@ -44,7 +44,7 @@ def check(x, pattern, **options):
     return y
 
 
-# ---- the patterns of the documentation -------------------------------------------------------------------------
+# ---- the patterns of the documentation -------------------------------------------------------------------
 
 DOCUMENTED = {
     "batch": ((4, 6, 5, 3), "n c h w -> c", {}),
@@ -125,7 +125,7 @@ def test_statistics_of_the_result():
     assert (y - x.reshape(y.shape)).abs().min() > 1
 
 
-# ---- the grid of options -------------------------------------------------------------------------------------------
+# ---- the grid of options ---------------------------------------------------------------------------------
 
 AFFINES = [  # pattern, affine=, shape of the weight
     ("n c h -> c", None, (6,)),
@@ -259,7 +259,7 @@ def test_stats_carry_gradient():
     assert torch.autograd.gradcheck(lambda *a: evenly.normalize(a[0], "n c -> c", stats=a[1:]), (x, mean, var))
 
 
-# ---- random patterns ---------------------------------------------------------------------------------------------
+# ---- random patterns -------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -284,9 +284,7 @@ def options_for(draw, case: Case, seed: int) -> dict:
 
 
 def _cast(options, dtype):
-    return {
-        k: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in options.items()
-    }
+    return {k: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in options.items()}
 
 
 @given(
@@ -331,9 +329,7 @@ def test_by_without_pattern_keeps_every_other_axis():
     by = torch.tensor([1, 0, 1, 1, 0])
     for shape, pattern in [((5,), "n -> "), ((5, 3), "n d -> d"), ((5, 3, 2), "n a b -> a b")]:
         x = torch.randn(shape, dtype=torch.float64)
-        torch.testing.assert_close(
-            evenly.normalize(x, by=by), evenly.normalize(x, pattern, by=by), rtol=0, atol=0
-        )
+        torch.testing.assert_close(evenly.normalize(x, by=by), evenly.normalize(x, pattern, by=by), rtol=0, atol=0)
 
 
 def test_by_is_the_same_as_one_call_a_group():
@@ -341,12 +337,10 @@ def test_by_is_the_same_as_one_call_a_group():
     y = evenly.normalize(x, "n d -> d", by=by)
     for g in range(3):
         torch.testing.assert_close(y[by == g], evenly.normalize(x[by == g], "n d -> d"), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(
-        evenly.normalize(x, "n d -> d", by=by, num_groups=7), y, rtol=1e-12, atol=1e-12
-    )
+    torch.testing.assert_close(evenly.normalize(x, "n d -> d", by=by, num_groups=7), y, rtol=1e-12, atol=1e-12)
 
 
-# ---- memory layouts and types --------------------------------------------------------------------------------------
+# ---- memory layouts and types ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -447,7 +441,7 @@ def test_scalar_tensor():
     check(x, "... -> ...", center=False, scale="rms")
 
 
-# ---- NaN, Inf and masks -----------------------------------------------------------------------------------------
+# ---- NaN, Inf and masks ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -544,9 +538,7 @@ def test_a_group_without_a_true_position():
         assert g.isfinite().all()
         assert evenly.moments(x, "n c -> n", mask=mask).count.tolist() == [3, 0, 3, 3]
         keep = mask.any(1)
-        torch.testing.assert_close(
-            y[keep], evenly.normalize(x[keep], "n c -> n", scale=scale), rtol=1e-12, atol=1e-12
-        )
+        torch.testing.assert_close(y[keep], evenly.normalize(x[keep], "n c -> n", scale=scale), rtol=1e-12, atol=1e-12)
 
 
 def test_masking_equals_leaving_out():

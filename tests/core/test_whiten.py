@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
-from core import oracle
 
 import evenly
+from core import oracle
 
 METHODS = ["zca", "cholesky", "pca", "newton"]
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
@@ -103,7 +105,7 @@ def test_newton_converges_to_zca():
     errors = [
         (evenly.whiten(x, "n c -> c", method="newton", iterations=k) - want).norm().item() for k in [1, 3, 5, 10, 30]
     ]
-    assert all(b < a for a, b in zip(errors, errors[1:], strict=False) if a > 1e-8), errors
+    assert all(b < a for a, b in itertools.pairwise(errors) if a > 1e-8), errors
     assert errors[-1] < 1e-8
     default = evenly.whiten(x, "n c -> c", method="newton")
     torch.testing.assert_close(default, evenly.whiten(x, "n c -> c", method="newton", iterations=5))

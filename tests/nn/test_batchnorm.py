@@ -205,7 +205,7 @@ def test_running_statistics_carry_no_graph_and_old_checkpoints_load():
     BatchNorm(4).load_state_dict(old, strict=True)
 
 
-# ---- frozen -----------------------------------------------------------------------------------------------------
+# ---- frozen ----------------------------------------------------------------------------------------------
 
 
 def test_frozen_is_the_formula_of_torchvision():
@@ -239,7 +239,7 @@ def test_frozen_loads_a_batch_norm():
     torch.testing.assert_close(layer(x), theirs(x), rtol=1e-5, atol=1e-6)
 
 
-# ---- instance norm with running statistics -------------------------------------------------------------------------
+# ---- instance norm with running statistics ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -269,7 +269,7 @@ def test_instance_norm_defaults_are_those_of_torch():
         InstanceNorm(4)(torch.randn(3, 4, 1, 1))
 
 
-# ---- two processes ---------------------------------------------------------------------------------------------------
+# ---- two processes ---------------------------------------------------------------------------------------
 
 SPLIT = 3  # the first process has 3 samples, the second 5
 

@@ -109,7 +109,7 @@ def test_layer_norm_bad_settings():
             kind(0)
 
 
-# ---- ScaleNorm: the properties of Nguyen & Salazar (2019), equation 4 -------------------------------------------------
+# ---- ScaleNorm: the properties of Nguyen & Salazar (2019), equation 4 ------------------------------------
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def test_scale_norm_clamp(scale_norm):
     torch.testing.assert_close(g, torch.full_like(x, 8**0.5 / 1e-5), rtol=1e-12, atol=0)
 
 
-# ---- create ---------------------------------------------------------------------------------------------------------
+# ---- create ----------------------------------------------------------------------------------------------
 
 IMAGE = {
     "batch": lambda x: F.batch_norm(x, None, None, training=True),

@@ -83,7 +83,9 @@ def test_register_and_remove():
     parametrize.register_parametrization(conv, "weight", WeightStandardization())
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
     flat = plain.flatten(1)
-    w = ((flat - flat.mean(1, keepdim=True)) / (flat.var(1, correction=0, keepdim=True) + 1e-5).sqrt()).reshape_as(plain)
+    w = ((flat - flat.mean(1, keepdim=True)) / (flat.var(1, correction=0, keepdim=True) + 1e-5).sqrt()).reshape_as(
+        plain
+    )
     torch.testing.assert_close(conv(x), F.conv2d(x, w, conv.bias), rtol=0, atol=1e-12)
     # Baked into the weight for deployment.
     baked = copy.deepcopy(conv)
