@@ -33,9 +33,11 @@ class LayerCase:
     batch_statistics: bool = False  # in training, samples of a batch share a statistic
     running_state: bool = False
     parameters: bool = True
+    shared_channels: int = 1  # with batch statistics: channels (the first, ...) that one bad value spoils
     mask: bool = True
     residual: bool = True
     measures: bool = True  # False: a fixed affine map, which follows the scale of its input
+    accuracy: float = 1e-6  # relative to float64, in float32, on badly scaled input, where torch has no such layer
     shows: tuple[str, ...] = field(default=("eps=",))  # what its repr must print
 
     def __str__(self) -> str:
@@ -115,7 +117,7 @@ LAYERS = (
         "InstanceNorm",
         "evenly.nn:InstanceNorm",
         lambda **kw: en.InstanceNorm(4, affine=True, **kw),
-        **{**_IMAGES, "shapes": ((5, 4, 6, 3), (5, 4, 7), (3, 4, 2, 3, 2))},
+        **{**_IMAGES, "shapes": ((5, 4, 6, 3), (5, 4, 7), (3, 4, 2, 3, 2)), "zero_size": ((0, 4, 6, 3),)},
         torch=lambda **kw: nn.InstanceNorm2d(4, affine=True, **kw),
         shows=("4", "eps="),
     ),
@@ -123,7 +125,7 @@ LAYERS = (
         "InstanceNorm (running)",
         "evenly.nn:InstanceNorm",
         lambda **kw: en.InstanceNorm(4, track_running_stats=True, **kw),
-        **{**_IMAGES, "shapes": ((5, 4, 6, 3), (5, 4, 7), (3, 4, 2, 3, 2))},
+        **{**_IMAGES, "shapes": ((5, 4, 6, 3), (5, 4, 7), (3, 4, 2, 3, 2)), "zero_size": ((0, 4, 6, 3),)},
         torch=lambda **kw: nn.InstanceNorm2d(4, track_running_stats=True, **kw),
         running_state=True,
         parameters=False,
@@ -171,6 +173,40 @@ LAYERS = (
         **_TOKENS,
         catalog="scalenorm",
         shows=("8", "eps="),
+    ),
+    LayerCase(
+        "Whiten",
+        "evenly.nn:Whiten",
+        lambda **kw: en.Whiten(4, group_size=2, method="zca", eps=1e-3, **kw),
+        **{**_IMAGES, "shapes": ((5, 4, 6, 3), (20, 4), (5, 4, 7))},
+        batch_statistics=True,
+        running_state=True,
+        shared_channels=2,
+        mask=False,
+        residual=False,
+        accuracy=2e-3,
+        shows=("4", "group_size=2", "zca", "eps="),
+    ),
+    LayerCase(
+        "Norm (l1)",
+        "evenly.nn:Norm",
+        lambda **kw: en.Norm("n (g c) h -> n g", 4, affine="(g c)", scale="l1", g=2, **kw),
+        shapes=((5, 4, 6), (2, 4, 3)),
+        one_sample=(1, 4, 6),
+        zero_size=((0, 4, 6), (2, 4, 0)),
+        wrong=((5, 3, 6), (5, 4), (5, 4, 6, 1)),
+        accuracy=1e-3,  # x - mean in float32 at a mean of 1e4
+        shows=("n (g c) h -> n g", "g=2", "l1"),
+    ),
+    LayerCase(
+        "Norm (running)",
+        "evenly.nn:Norm",
+        lambda **kw: en.Norm("n c ... -> c", 4, running="n c ... -> c", center=False, scale="rms", **kw),
+        **_IMAGES,
+        batch_statistics=True,
+        running_state=True,
+        accuracy=1e-3,
+        shows=("n c ... -> c", "running", "rms"),
     ),
 )
 

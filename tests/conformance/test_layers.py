@@ -12,6 +12,7 @@ from torch import nn
 from torch.autograd import gradcheck
 
 from conformance.cases import LAYERS, LayerCase, build, devices
+from evenly.nn import InstanceNorm
 
 every_layer = pytest.mark.parametrize("case", LAYERS, ids=str)
 on_every_device = pytest.mark.parametrize("device", devices())
@@ -189,7 +190,7 @@ def test_gradcheck(case):
                 return torch.func.functional_call(fresh, state, (x,), {"residual": r} if case.residual else {})
 
             params = [p.detach().clone().requires_grad_() for p in layer.parameters()]
-            small = tuple(min(n, 4) if i == 0 else n for i, n in enumerate(shape))
+            small = (min(shape[0], 3), *shape[1:]) if len(shape) > 1 else shape
             x = data(small, torch.float64).requires_grad_()
             r = data(small, torch.float64, seed=12).requires_grad_()
             assert (
@@ -242,8 +243,10 @@ def test_equals_torch(case, dtype):
         for p, q in zip(ga, gb, strict=True):
             size = max(1.0, float(q.abs().max()))
             torch.testing.assert_close(p / size, q / size, **tol)
-        for p, q in zip(ours.buffers(), theirs.buffers(), strict=True):
-            torch.testing.assert_close(p, q, **tol)
+        for (name, p), q in zip(ours.named_buffers(), theirs.buffers(), strict=True):
+            # torch's instance norm has num_batches_tracked but never counts.
+            if not (name == "num_batches_tracked" and isinstance(ours, InstanceNorm)):
+                torch.testing.assert_close(p, q, **tol)
 
 
 # ---- state, copies ---------------------------------------------------------------------------------------
@@ -462,7 +465,7 @@ def test_nan_and_inf(case, bad):
             if len(shape) == 4 or "Norm2d" not in type(theirs).__name__:
                 assert torch.equal(y.isfinite(), theirs(x).isfinite())
         if case.batch_statistics and (training or not case.running_state):
-            torch.testing.assert_close(y[:, 1:], clean[:, 1:])
+            torch.testing.assert_close(y[:, case.shared_channels :], clean[:, case.shared_channels :])
         else:
             others = [i for i in range(shape[0]) if i != 1]
             torch.testing.assert_close(y[others], clean[others])
@@ -483,15 +486,15 @@ def test_extreme_scale(case, kind):
             eps = torch.finfo(torch.float32).eps
             weight = build(case, dtype=torch.float64).weight
             want = torch.nn.functional.rms_norm(x.double(), (8,), weight, eps)
-        size = want.abs().max().clamp_min(1e-30)
-        ours = (build(case).train(training)(x).double() - want).abs().max() / size
+        size = want.detach().abs().max().clamp_min(1e-30)
+        ours = float((build(case).train(training)(x).double() - want).detach().abs().max() / size)
         theirs = torch.tensor(float("nan"))
         if case.torch:
             peer = case.torch().train(training)
             peer.load_state_dict(build(case).state_dict())
             theirs = (peer(x).double() - want).abs().max() / size
-        assert ours <= max(1.2 * float(theirs.nan_to_num(1e9 if case.torch else 0.0)), 1e-6), (
-            f"evenly {float(ours):.1e}, torch {float(theirs):.1e}"
+        assert ours <= max(1.2 * float(theirs.detach().nan_to_num(1e9 if case.torch else 0.0)), case.accuracy), (
+            f"evenly {ours:.1e}, torch {float(theirs):.1e}"
         )
 
 

