@@ -36,7 +36,9 @@ def random(layer):
 )
 def test_is_normalize(pattern, features, options, shape):
     layer = random(Norm(pattern, features, dtype=torch.float64, **options))
-    assert len(list(layer.parameters())) == (features is not None) * (2 - sum(v is False for k, v in options.items() if k in ("weight", "bias")))
+    assert len(list(layer.parameters())) == (features is not None) * (
+        2 - sum(v is False for k, v in options.items() if k in ("weight", "bias"))
+    )
     x, r = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
     call = {k: v for k, v in options.items() if k not in ("weight", "bias")}
     if features is None:
