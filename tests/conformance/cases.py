@@ -34,6 +34,7 @@ class LayerCase:
     running_state: bool = False
     parameters: bool = True
     shared_channels: int = 1  # with batch statistics: channels (the first, ...) that one bad value spoils
+    keeps_format: bool = True  # channels-last in, channels-last out
     mask: bool = True
     residual: bool = True
     measures: bool = True  # False: a fixed affine map, which follows the scale of its input
@@ -178,10 +179,11 @@ LAYERS = (
         "Whiten",
         "evenly.nn:Whiten",
         lambda **kw: en.Whiten(4, group_size=2, method="zca", eps=1e-3, **kw),
-        **{**_IMAGES, "shapes": ((5, 4, 6, 3), (20, 4), (5, 4, 7))},
+        **{**_IMAGES, "shapes": ((5, 4, 6, 3), (20, 4), (5, 4, 7)), "zero_size": ()},
         batch_statistics=True,
         running_state=True,
         shared_channels=2,
+        keeps_format=False,
         mask=False,
         residual=False,
         accuracy=2e-3,
@@ -201,12 +203,12 @@ LAYERS = (
     LayerCase(
         "Norm (running)",
         "evenly.nn:Norm",
-        lambda **kw: en.Norm("n c ... -> c", 4, running="n c ... -> c", center=False, scale="rms", **kw),
+        lambda **kw: en.Norm("n c ... -> c", 4, running="n c ... -> c", momentum=0.3, **kw),
         **_IMAGES,
+        torch=lambda **kw: nn.BatchNorm2d(4, momentum=0.3, **kw),
         batch_statistics=True,
         running_state=True,
-        accuracy=1e-3,
-        shows=("n c ... -> c", "running", "rms"),
+        shows=("'n c ... -> c'", "running='n c ... -> c'", "momentum=0.3"),
     ),
 )
 
@@ -248,4 +250,6 @@ def randomize(layer: nn.Module) -> None:
     for name, t in [*layer.named_parameters(), *layer.named_buffers()]:
         if t.is_floating_point():
             random = torch.rand(t.shape, generator=gen, dtype=torch.float64)
+            if "cov" in name:  # a covariance is symmetric and positive definite
+                random = random @ random.mT + torch.eye(t.shape[-1], dtype=torch.float64)
             t.copy_(random + 0.5 if "var" in name or "weight" in name else random)

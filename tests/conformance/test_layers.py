@@ -169,7 +169,7 @@ def test_memory_formats(case):
         base = x.clone().requires_grad_()
         build(case, dtype=torch.float64)(base).pow(3).sum().backward()
         torch.testing.assert_close(leaf.grad, base.grad, rtol=1e-10, atol=1e-10)
-    if len(shape) == 4:
+    if len(shape) == 4 and case.keeps_format:
         assert build(case)(views[-1].float()).is_contiguous(memory_format=torch.channels_last)
 
 
@@ -190,9 +190,8 @@ def test_gradcheck(case):
                 return torch.func.functional_call(fresh, state, (x,), {"residual": r} if case.residual else {})
 
             params = [p.detach().clone().requires_grad_() for p in layer.parameters()]
-            small = (min(shape[0], 3), *shape[1:]) if len(shape) > 1 else shape
-            x = data(small, torch.float64).requires_grad_()
-            r = data(small, torch.float64, seed=12).requires_grad_()
+            x = data(shape, torch.float64).requires_grad_()
+            r = data(shape, torch.float64, seed=12).requires_grad_()
             assert (
                 gradcheck(run, (x, r, *params), fast_mode=True)
                 if case.residual
