@@ -1,0 +1,255 @@
+"""The tables of the conformance suites: one row an object, one table a kind.
+
+A new method adds one row, and is then held to everything that the suite of its kind asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+import evenly.nn as en
+from evenly.weights import WeightStandardization
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    """A layer: ``make(device=, dtype=)`` builds it; ``shapes[0]`` is its typical input."""
+
+    name: str
+    object: str  # "module:Name", as in the catalog
+    make: Callable[..., nn.Module]
+    shapes: tuple[Shape, ...]
+    catalog: str | None = None  # id of the paper whose method it is
+    torch: Callable[..., nn.Module] | None = None  # the layer of torch.nn that it replaces
+    one_sample: Shape | None = None  # a legal training input of batch 1
+    zero_size: tuple[Shape, ...] = ()
+    wrong: tuple[Shape, ...] = ()  # inputs that it must refuse
+    batch_statistics: bool = False  # in training, samples of a batch share a statistic
+    running_state: bool = False
+    parameters: bool = True
+    shared_channels: int = 1  # with batch statistics: channels (the first, ...) that one bad value spoils
+    keeps_format: bool = True  # channels-last in, channels-last out
+    mask: bool = True
+    residual: bool = True
+    measures: bool = True  # False: a fixed affine map, which follows the scale of its input
+    accuracy: float = 1e-6  # relative to float64, in float32, on badly scaled input, where torch has no such layer
+    shows: tuple[str, ...] = field(default=("eps=",))  # what its repr must print
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class ParametrizationCase:
+    """A parametrization of a convolution's weight: ``make()`` builds it."""
+
+    name: str
+    object: str
+    make: Callable[..., nn.Module]
+    layers: tuple[Callable[..., nn.Module], ...]
+    catalog: str | None = None
+    scale_invariant: bool = True  # a positive factor of the weight changes nothing
+    shows: tuple[str, ...] = ("eps=",)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+_IMAGES = {
+    "shapes": ((5, 4, 6, 3), (5, 4), (5, 4, 7), (3, 4, 2, 3, 2)),
+    "one_sample": (1, 4, 6, 3),
+    "zero_size": ((0, 4, 6, 3), (0, 4), (2, 4, 0)),
+    "wrong": ((5, 3, 6, 3), (4,), ()),
+}
+_TOKENS = {
+    "shapes": ((5, 7, 8), (5, 8), (8,), (2, 3, 4, 8)),
+    "one_sample": (1, 8),
+    "zero_size": ((0, 7, 8), (0, 8), (2, 0, 8)),
+    "wrong": ((5, 7), (5, 8, 1), ()),
+}
+
+LAYERS = (
+    LayerCase(
+        "BatchNorm",
+        "evenly.nn:BatchNorm",
+        lambda **kw: en.BatchNorm(4, **kw),
+        **_IMAGES,
+        catalog="batch-normalization",
+        torch=lambda **kw: nn.BatchNorm2d(4, **kw),
+        batch_statistics=True,
+        running_state=True,
+        shows=("4", "eps=", "momentum="),
+    ),
+    LayerCase(
+        "BatchNorm (no state)",
+        "evenly.nn:BatchNorm",
+        lambda **kw: en.BatchNorm(4, affine=False, track_running_stats=False, **kw),
+        **_IMAGES,
+        torch=lambda **kw: nn.BatchNorm2d(4, affine=False, track_running_stats=False, **kw),
+        batch_statistics=True,
+        parameters=False,
+    ),
+    LayerCase(
+        "BatchNorm (sync)",
+        "evenly.nn:BatchNorm",
+        lambda **kw: en.BatchNorm(4, momentum=None, sync=True, **kw),
+        **_IMAGES,
+        torch=lambda **kw: nn.BatchNorm2d(4, momentum=None, **kw),
+        batch_statistics=True,
+        running_state=True,
+        shows=("4", "momentum=None", "sync=True"),
+    ),
+    LayerCase(
+        "FrozenBatchNorm",
+        "evenly.nn:FrozenBatchNorm",
+        lambda **kw: en.FrozenBatchNorm(4, **kw),
+        **_IMAGES,
+        parameters=False,
+        measures=False,
+        shows=("4", "eps="),
+    ),
+    LayerCase(
+        "InstanceNorm",
+        "evenly.nn:InstanceNorm",
+        lambda **kw: en.InstanceNorm(4, affine=True, **kw),
+        **{**_IMAGES, "shapes": ((5, 4, 6, 3), (5, 4, 7), (3, 4, 2, 3, 2)), "zero_size": ((0, 4, 6, 3),)},
+        torch=lambda **kw: nn.InstanceNorm2d(4, affine=True, **kw),
+        shows=("4", "eps="),
+    ),
+    LayerCase(
+        "InstanceNorm (running)",
+        "evenly.nn:InstanceNorm",
+        lambda **kw: en.InstanceNorm(4, track_running_stats=True, **kw),
+        **{**_IMAGES, "shapes": ((5, 4, 6, 3), (5, 4, 7), (3, 4, 2, 3, 2)), "zero_size": ((0, 4, 6, 3),)},
+        torch=lambda **kw: nn.InstanceNorm2d(4, track_running_stats=True, **kw),
+        running_state=True,
+        parameters=False,
+    ),
+    LayerCase(
+        "GroupNorm",
+        "evenly.nn:GroupNorm",
+        lambda **kw: en.GroupNorm(2, 4, **kw),
+        **_IMAGES,
+        torch=lambda **kw: nn.GroupNorm(2, 4, **kw),
+        shows=("2", "4", "eps="),
+    ),
+    LayerCase(
+        "LayerNorm",
+        "evenly.nn:LayerNorm",
+        lambda **kw: en.LayerNorm(8, **kw),
+        **_TOKENS,
+        catalog="layer-normalization",
+        torch=lambda **kw: nn.LayerNorm(8, **kw),
+        shows=("8", "eps="),
+    ),
+    LayerCase(
+        "LayerNorm (3 axes)",
+        "evenly.nn:LayerNorm",
+        lambda **kw: en.LayerNorm((4, 3, 2), bias=False, **kw),
+        shapes=((5, 4, 3, 2), (4, 3, 2), (2, 3, 4, 3, 2)),
+        one_sample=(1, 4, 3, 2),
+        zero_size=((0, 4, 3, 2),),
+        wrong=((5, 4, 3), (4, 3, 3), ()),
+        torch=lambda **kw: nn.LayerNorm((4, 3, 2), bias=False, **kw),
+        shows=("(4, 3, 2)", "eps="),
+    ),
+    LayerCase(
+        "RMSNorm",
+        "evenly.nn:RMSNorm",
+        lambda **kw: en.RMSNorm(8, **kw),
+        **_TOKENS,
+        torch=lambda **kw: nn.RMSNorm(8, **kw),
+        shows=("8", "eps="),
+    ),
+    LayerCase(
+        "ScaleNorm",
+        "evenly.nn:ScaleNorm",
+        lambda **kw: en.ScaleNorm(8, **kw),
+        **_TOKENS,
+        catalog="scalenorm",
+        shows=("8", "eps="),
+    ),
+    LayerCase(
+        "Whiten",
+        "evenly.nn:Whiten",
+        lambda **kw: en.Whiten(4, group_size=2, method="zca", eps=1e-3, **kw),
+        **{**_IMAGES, "shapes": ((5, 4, 6, 3), (20, 4), (5, 4, 7)), "zero_size": ()},
+        batch_statistics=True,
+        running_state=True,
+        shared_channels=2,
+        keeps_format=False,
+        mask=False,
+        residual=False,
+        accuracy=2e-3,
+        shows=("4", "group_size=2", "zca", "eps="),
+    ),
+    LayerCase(
+        "Norm (l1)",
+        "evenly.nn:Norm",
+        lambda **kw: en.Norm("n (g c) h -> n g", 4, affine="(g c)", scale="l1", g=2, **kw),
+        shapes=((5, 4, 6), (2, 4, 3)),
+        one_sample=(1, 4, 6),
+        zero_size=((0, 4, 6), (2, 4, 0)),
+        wrong=((5, 3, 6), (5, 4), (5, 4, 6, 1)),
+        accuracy=1e-3,  # x - mean in float32 at a mean of 1e4
+        shows=("n (g c) h -> n g", "g=2", "l1"),
+    ),
+    LayerCase(
+        "Norm (running)",
+        "evenly.nn:Norm",
+        lambda **kw: en.Norm("n c ... -> c", 4, running="n c ... -> c", momentum=0.3, **kw),
+        **_IMAGES,
+        torch=lambda **kw: nn.BatchNorm2d(4, momentum=0.3, **kw),
+        batch_statistics=True,
+        running_state=True,
+        shows=("'n c ... -> c'", "running='n c ... -> c'", "momentum=0.3"),
+    ),
+)
+
+_CONVOLUTIONS = (
+    lambda **kw: nn.Conv1d(4, 6, 3, **kw),
+    lambda **kw: nn.Conv2d(4, 6, 3, groups=2, **kw),
+    lambda **kw: nn.Conv3d(2, 3, 2, **kw),
+)
+
+PARAMETRIZATIONS = (
+    ParametrizationCase(
+        "WeightStandardization",
+        "evenly.weights:WeightStandardization",
+        lambda **kw: WeightStandardization(**kw),
+        _CONVOLUTIONS,
+    ),
+)
+
+
+def covered_objects() -> set[str]:
+    """Every object that a suite holds, as the catalog writes it: ``"evenly.nn:BatchNorm"``."""
+    return {case.object for table in (LAYERS, PARAMETRIZATIONS) for case in table}
+
+
+def devices() -> list[str]:
+    return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def build(case: LayerCase, *, device="cpu", dtype=torch.float32) -> nn.Module:
+    """The layer with random parameters and running statistics (a fresh layer hides mistakes in them)."""
+    layer = case.make(device=device, dtype=dtype)
+    randomize(layer)
+    return layer
+
+
+@torch.no_grad()
+def randomize(layer: nn.Module) -> None:
+    gen = torch.Generator().manual_seed(3)
+    for name, t in [*layer.named_parameters(), *layer.named_buffers()]:
+        if t.is_floating_point():
+            random = torch.rand(t.shape, generator=gen, dtype=torch.float64)
+            if "cov" in name:  # a covariance is symmetric and positive definite
+                random = random @ random.mT + torch.eye(t.shape[-1], dtype=torch.float64)
+            t.copy_(random + 0.5 if "var" in name or "weight" in name else random)
