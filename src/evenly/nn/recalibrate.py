@@ -21,8 +21,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from evenly.nn.norm import Norm
 from torch import nn
+
+from evenly.nn.norm import Norm
 
 __all__ = ["recalibrate_"]
 
