@@ -4,8 +4,10 @@ from evenly.nn.batchnorm import BatchNorm, FrozenBatchNorm
 from evenly.nn.create import available, create
 from evenly.nn.groupnorm import GroupNorm, InstanceNorm
 from evenly.nn.layernorm import LayerNorm, RMSNorm, ScaleNorm
+from evenly.nn.layernorm_rnn import LayerNormGRUCell, LayerNormLSTM, LayerNormLSTMCell, LayerNormRNNCell
 from evenly.nn.nonorm import NoNorm
 from evenly.nn.norm import Norm
+from evenly.nn.recalibrate import recalibrate_
 from evenly.nn.whiten import Whiten
 
 __all__ = [
@@ -19,6 +21,11 @@ __all__ = [
     "GroupNorm",
     "InstanceNorm",
     "Whiten",
+    "LayerNormRNNCell",
+    "LayerNormLSTMCell",
+    "LayerNormGRUCell",
+    "LayerNormLSTM",
+    "recalibrate_",
     "create",
     "available",
 ]
