@@ -279,7 +279,7 @@ class _StreamDraws:
 
     def normal(self, *shape: int) -> Array:
         u = torch.from_numpy(self.uniform(*shape))
-        return torch.special.ndtri(u.clamp_(min=2.0**-54).float()).numpy()
+        return torch.special.ndtri(u.clamp_(min=2.0**-54)).numpy()
 
     def poisson(self, rate: Array) -> Array:
         return _poisson_quantile(self.uniform(*rate.shape[1:]), rate)
@@ -572,7 +572,7 @@ def _snow(x: Array, p: Params, draws: _Draws, scale: float) -> Array:
     # At a scale below 1 the flakes are made at full size, then seen at the size of the image.
     fh, fw = round(h / scale), round(w / scale)
     nh, nw = (fh, fw) if scale == 1 else (math.ceil(fh / zoom) + 1, math.ceil(fw / zoom) + 1)
-    layer = (mean + std * draws.normal(nh, nw)).astype(np.float32)[..., None]
+    layer: Array = (mean + std * draws.normal(nh, nw)).astype(np.float32)[..., None]
     if scale < 1:
         layer = _apply(layer, _zoom_matrix(fh, nh, zoom), _zoom_matrix(fw, nw, zoom))
     else:
