@@ -321,7 +321,7 @@ def bind(pattern: str, shape: torch.Size | tuple[int, ...], sizes: Mapping[str, 
         resolved = _resolve(pattern, len(shape), tuple(sizes))
     except PatternError as error:
         raise PatternError(f"{error} Input shape: {tuple(shape)}; {_sizes_text(sizes)}.") from None
-    plan = _build(resolved, tuple(shape), _checked(pattern, sizes))
+    plan = _build(resolved, tuple(shape), _checked(pattern, shape, sizes))
     if all(isinstance(size, int) for size in plan.sizes):
         if len(_plans) >= 8192:
             _plans.clear()
@@ -329,10 +329,12 @@ def bind(pattern: str, shape: torch.Size | tuple[int, ...], sizes: Mapping[str, 
     return plan
 
 
-def _checked(pattern: str, sizes: Mapping[str, int]) -> Mapping[str, int]:
+def _checked(pattern: str, shape: Sequence[int], sizes: Mapping[str, int]) -> Mapping[str, int]:
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
             raise TypeError(f"The size {name}={size!r} of {pattern!r} is a {type(size).__name__}, expected an integer.")
         if size < 0:
-            raise PatternError(f"The size {name}={size} of {pattern!r} is negative.")
+            raise PatternError(
+                f"The size {name}={size} of {pattern!r} is negative, expected at least 0. Input shape: {tuple(shape)}."
+            )
     return sizes

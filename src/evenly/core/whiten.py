@@ -22,6 +22,7 @@ References:
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from evenly.core.kernels.reference import Groups, accumulate_dtype
 from evenly.core.normalize import _check_input, _checked_mask, _labels
-from evenly.core.patterns import PatternError, Plan, bind, product
+from evenly.core.patterns import PatternError, Plan, affine_groups, bind, product
 
 __all__ = ["Covariance", "Method", "covariance", "whiten", "whitening_matrix"]
 
@@ -55,6 +56,9 @@ def whiten(
     shrinkage: Shrinkage = 0.0,
     eps: float = 1e-5,
     iterations: int = 5,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    affine: str | None = None,
     mask: Tensor | None = None,
     stats: tuple[Tensor, Tensor] | Covariance | None = None,
     num_groups: int | None = None,
@@ -74,6 +78,9 @@ def whiten(
             to estimate it from the data.
         eps: added to the diagonal of the covariance after shrinkage.
         iterations: Newton–Schulz steps (``"newton"`` only).
+        weight, bias: scale and shift after whitening: a scalar, or a tensor that carries the axes named by
+            ``affine``. Default: the axis of the input that holds the features, ``"c"`` or ``"(g c)"``.
+        affine: as in :func:`evenly.normalize`.
         mask: boolean, broadcastable to ``x`` and of size 1 along the feature axis: a sample counts whole.
         stats: use this ``(mean, covariance)`` instead of measuring (of the shapes that :func:`covariance`
             returns).
@@ -97,7 +104,7 @@ def whiten(
     _check_input(x, "whiten")
     _check_method(method, shrinkage, eps, iterations)
     view = _View(x, pattern, by, mask, num_groups, sizes)
-    with torch.autocast(x.device.type, enabled=False):
+    with _full_precision(x.device.type):
         v = view.features_last(x)
         if stats is None:
             mean, cov, count, kurtosis = view.measure(v, fourth=shrinkage == "ledoit-wolf")
@@ -111,7 +118,10 @@ def whiten(
         centred = v - view.spread(mean).unsqueeze(-2)
         if view.mask is not None:
             centred = torch.where(view.mask, centred, centred.new_zeros(()))
-        return view.restore(centred @ view.spread(matrix).mT).to(x.dtype)
+        y = centred @ view.spread(matrix).mT
+        if weight is not None or bias is not None:
+            y = view.scale_shift(y, weight, bias, affine, tuple(sizes))
+        return view.restore(y).to(x.dtype)
 
 
 def covariance(
@@ -137,7 +147,7 @@ def covariance(
     _check_input(x, "covariance")
     _check_method("zca", shrinkage, 0.0, 1)
     view = _View(x, pattern, by, mask, num_groups, sizes)
-    with torch.autocast(x.device.type, enabled=False):
+    with _full_precision(x.device.type):
         mean, cov, count, kurtosis = view.measure(view.features_last(x), fourth=shrinkage == "ledoit-wolf")
         cov = _shrink(cov, shrinkage, count, kurtosis)
         if correction:
@@ -304,6 +314,25 @@ class _View:
         v = v.reshape([sizes[axis] for axis in self.order])
         return v.permute([self.order.index(axis) for axis in range(len(sizes))]).reshape(self.plan.shape)
 
+    def scale_shift(
+        self, y: Tensor, weight: Tensor | None, bias: Tensor | None, affine: str | None, names: tuple[str, ...]
+    ) -> Tensor:
+        """Apply a weight and a bias, which carry axes of the input."""
+        plan = self.plan
+        if affine is None:
+            axes = tuple(group for group in plan.resolved.inputs if self.feature in group)
+        else:
+            axes = affine_groups(affine, plan.resolved.text, len(plan.shape), names)
+        for value, name in ((weight, "weight"), (bias, "bias")):
+            if value is None:
+                continue
+            carried = plan.affine_in(value.to(self.dtype), axes, name)
+            if carried.ndim:
+                carried = carried.expand(plan.sizes).permute(self.order)
+                carried = carried.reshape(*self.lead, self.samples, self.size)
+            y = y * carried if name == "weight" else y + carried
+        return y if self.mask is None else torch.where(self.mask, y, y.new_zeros(()))
+
     def total(self, v: Tensor) -> Tensor:
         """Add up rows of one group; dense groups are one row already."""
         if self.groups is None:
@@ -353,6 +382,11 @@ class _View:
                 f"{want_cov} for {self.plan.resolved.text!r}."
             )
         return mean, cov
+
+
+def _full_precision(device: str) -> AbstractContextManager[Any]:
+    """No autocast: a covariance in bfloat16 is no covariance."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _shrink(cov: Tensor, shrinkage: Shrinkage, count: Tensor | None, power: Tensor | None) -> Tensor:

@@ -258,7 +258,7 @@ class Norm(nn.Module):
         if self.eps is not None:
             parts.append(f"eps={self.eps:g}")
         if self.running is not None:
-            parts.append(f"momentum={self.momentum}")
+            parts.append(f"running={self.running!r}, momentum={self.momentum}")
         if self.sync:
             parts.append("sync=True")
         if self.activation is not None:

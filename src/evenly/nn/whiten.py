@@ -107,20 +107,18 @@ class Whiten(nn.Module):
             given = (stats.mean, stats.cov)
         else:
             given = (self.running_mean, self.running_cov)
-        y = whiten(
+        return whiten(
             x,
             pattern,
             method=self.method,
             shrinkage=self.shrinkage,
             eps=self.eps,
             iterations=self.iterations,
+            weight=self.weight,
+            bias=self.bias,
             stats=given,
             g=groups,
         )
-        if self.weight is None or self.bias is None:
-            return y
-        shape = (1, -1, *[1] * (x.ndim - 2))
-        return torch.addcmul(self.bias.to(y.dtype).view(shape), y, self.weight.to(y.dtype).view(shape))
 
     def extra_repr(self) -> str:
         return (
