@@ -164,12 +164,8 @@ def normalize(
     """
     _check_input(x, "normalize")
     plan, groups = _plan(x, pattern, by, num_groups, sizes)
-    if scale is not None and scale not in _EPS:
-        raise ValueError(f"scale={scale!r} is unknown, expected one of {', '.join(map(repr, _EPS))} or None.")
-    if activation is not None and activation not in _ACTIVATIONS:
-        raise ValueError(
-            f"activation={activation!r} is unknown, expected one of {', '.join(map(repr, _ACTIVATIONS))} or None."
-        )
+    check_scale(scale)
+    check_activation(activation)
     if eps is None:
         eps = _EPS[scale] if scale is not None else 0.0
     elif not eps >= 0:
@@ -239,6 +235,19 @@ def moments(
     _check_input(x, "moments")
     plan, groups = _plan(x, pattern, by, num_groups, sizes)
     return Moments(*reference.measure(x, plan, mask=_checked_mask(mask, x), groups=groups, correction=correction))
+
+
+def check_scale(scale: str | None) -> None:
+    """Refuse an unknown scale."""
+    if scale is not None and scale not in _EPS:
+        raise ValueError(f"scale={scale!r} is unknown, expected one of {', '.join(map(repr, _EPS))} or None.")
+
+
+def check_activation(activation: str | None) -> None:
+    """Refuse an unknown activation."""
+    if activation is not None and activation not in _ACTIVATIONS:
+        known = ", ".join(map(repr, _ACTIVATIONS))
+        raise ValueError(f"activation={activation!r} is unknown, expected one of {known} or None.")
 
 
 def _check_input(x: Tensor, name: str) -> None:

@@ -247,6 +247,20 @@ def _affine_groups(affine: str, pattern: str, ndim: int, size_names: tuple[str, 
     return tuple(group for group in groups if group)
 
 
+def validate(pattern: str, size_names: Iterable[str] = (), affine: str | None = None) -> None:
+    """Check what can be checked of a pattern before there is a tensor.
+
+    Raises:
+        PatternError: the pattern cannot be read, or names axes that are not there.
+    """
+    names = tuple(size_names)
+    left = _parse(pattern.split("->")[0], pattern)
+    ndim = len(left.composition) - (1 if left.has_ellipsis else 0)
+    _resolve(pattern, ndim, names)
+    if affine is not None:
+        _affine_groups(affine, pattern, ndim, names)
+
+
 def _build(resolved: Resolved, shape: tuple[int, ...], sizes: Mapping[str, int]) -> Plan:
     lengths: list[int] = [1] * len(resolved.axes)
     for axis, size in resolved.fixed:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from evenly.core import normalize
-from evenly.core.normalize import Activation
+from evenly.core.normalize import Activation, check_activation
 from evenly.core.patterns import product
 from evenly.nn.norm import Norm, check_axis, check_positive
 
@@ -164,6 +164,7 @@ class FrozenBatchNorm(nn.Module):
         check_positive(type(self).__name__, num_features=num_features)
         if not eps >= 0:
             raise ValueError(f"eps={eps}, expected a number of at least 0.")
+        check_activation(activation)
         self.num_features = num_features
         self.eps = eps
         self.activation: Activation | None = activation

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from evenly.core import PatternError
+from evenly.core.kernels.reference import accumulate_dtype
 from evenly.core.normalize import Activation, Scale
 from evenly.nn.norm import Norm, check_positive
 
@@ -128,7 +129,8 @@ class RMSNorm(_TrailingNorm):
 
     Args:
         normalized_shape: sizes of the trailing axes to normalize over.
-        eps: added to the mean square; ``None``: the machine epsilon of the input's dtype, as in ``torch.nn``.
+        eps: added to the mean square; ``None``: the machine epsilon of float32 (of float64 for float64 input), as
+            in ``torch.nn``.
         elementwise_affine: learn a weight of shape ``normalized_shape``.
         activation: fused after it.
         device, dtype: of the parameter.
@@ -164,8 +166,8 @@ class RMSNorm(_TrailingNorm):
         )
 
     def _eps(self, x: Tensor) -> float | None:
-        # integers are refused by normalize, with a better message than finfo's
-        return torch.finfo(x.dtype).eps if self.eps is None and x.is_floating_point() else self.eps
+        # of the dtype of the statistics, as in torch.nn: float32 for half-precision input
+        return torch.finfo(accumulate_dtype(x.dtype)).eps if self.eps is None else self.eps
 
 
 class ScaleNorm(Norm):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from evenly.core import PatternError
-from evenly.core.normalize import Activation
+from evenly.core.normalize import Activation, check_activation
 
 __all__ = ["NoNorm"]
 
@@ -35,10 +35,7 @@ class NoNorm(nn.Module):
 
     def __init__(self, *, activation: Activation | None = None) -> None:
         super().__init__()
-        if activation is not None and activation not in _ACTIVATIONS:
-            raise ValueError(
-                f"activation={activation!r} is unknown, expected one of {', '.join(map(repr, _ACTIVATIONS))} or None."
-            )
+        check_activation(activation)
         self.activation: Activation | None = activation
 
     def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:

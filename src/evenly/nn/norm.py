@@ -22,7 +22,8 @@ from einops import reduce
 from torch import Tensor, nn
 
 from evenly.core import Moments, PatternError, moments, normalize
-from evenly.core.normalize import Activation, Scale
+from evenly.core.normalize import Activation, Scale, check_activation, check_scale
+from evenly.core.patterns import validate
 from evenly.nn.sync import sync_moments
 
 __all__ = ["Norm"]
@@ -56,7 +57,8 @@ class Norm(nn.Module):
         Input, residual and output have one shape, which the pattern describes.
 
     Raises:
-        ValueError: negative eps, momentum outside [0, 1], sizes that do not fit.
+        ValueError: a pattern that cannot be read, an unknown scale or activation, negative eps, momentum outside
+            [0, 1]; in forward, sizes that do not fit.
 
     >>> layer = Norm("n (g c) h w -> n g", 6, affine="(g c)", g=3)
     >>> layer(torch.randn(2, 6, 5, 5)).shape
@@ -94,6 +96,11 @@ class Norm(nn.Module):
         super().__init__()
         if eps is not None and not eps >= 0:
             raise ValueError(f"eps={eps}, expected a number of at least 0.")
+        check_scale(scale)
+        check_activation(activation)
+        validate(pattern, sizes, affine)
+        if running is not None:
+            validate(running, sizes, affine)
         if momentum is not None and not 0 <= momentum <= 1:
             raise ValueError(f"momentum={momentum} is outside [0, 1]; it is the weight of the new value.")
         if sync and running != pattern:
