@@ -7,6 +7,8 @@ import inspect
 
 import pytest
 
+from conformance.cases import covered_objects
+from conformance.recurrent_cases import RECURRENT
 from evenly import catalog, claims
 from evenly.catalog import AREAS, CatalogError, Method
 
@@ -151,6 +153,13 @@ class TestDone:
             module = importlib.import_module(found.__module__)
             texts = f"{inspect.getdoc(found)}\n{module.__doc__}"
             assert reference in texts, f"{name} names {reference} neither in its docstring nor in its module's"
+
+    def test_its_classes_are_in_a_conformance_suite(self, row):
+        # Functions, such as recalibrate_, have no suite of a kind; their own tests hold them.
+        classes = {name for name in row.objects if inspect.isclass(catalog.resolve(name))}
+        covered = covered_objects() | {case.object for case in RECURRENT}
+        assert classes
+        assert classes <= covered, f"give {sorted(classes - covered)} a row in tests/conformance"
 
     def test_claim_has_a_stored_full_result(self, row):
         claim = claims.get(row.id)
