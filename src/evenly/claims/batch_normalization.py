@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["CLAIM"]
 
 LEARNING_RATES = (0.1, 0.5, 2.5)
-STEPS = {"small": 200, "full": 3000}
+STEPS = {"small": 50, "full": 3000}
 EVERY = 25  # steps between checkpoints
 BATCH = 60
 ARMS = {
