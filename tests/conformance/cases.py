@@ -38,6 +38,7 @@ class LayerCase:
     mask: bool = True
     residual: bool = True
     measures: bool = True  # False: a fixed affine map, which follows the scale of its input
+    roundings: int = 1  # to the type of a half input, on the way to the result
     accuracy: float = 1e-6  # relative to float64, in float32, on badly scaled input, where torch has no such layer
     shows: tuple[str, ...] = field(default=("eps=",))  # what its repr must print
 
@@ -184,6 +185,7 @@ LAYERS = (
         running_state=True,
         shared_channels=2,
         keeps_format=False,
+        roundings=4,  # whitened, then scaled and shifted
         mask=False,
         residual=False,
         accuracy=2e-3,

@@ -252,6 +252,21 @@ def test_stats_given():
         torch.testing.assert_close(measured.var, m.var, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("scale", ["std", "rms", None])
+def test_returned_stats_reproduce_the_result(scale, center):
+    """The statistics that were used, given back as stats=, give the same result, whatever they are of."""
+    x = torch.randn(5, 6, dtype=torch.float64) + 2
+    mask = torch.rand(5, 6) < 0.7
+    for options in [{}, {"mask": mask}, {"by": torch.tensor([1, 0, 1, 1, 0])}, {"correction": 1}]:
+        call = {"scale": scale, "center": center, **options}
+        y, m = evenly.normalize(x, "n c -> c", return_stats=True, **call)
+        call.pop("correction", None)
+        torch.testing.assert_close(
+            evenly.normalize(x, "n c -> c", stats=(m.mean, m.var), **call), y, rtol=1e-12, atol=1e-12
+        )
+
+
 def test_stats_carry_gradient():
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     mean = torch.randn(6, dtype=torch.float64, requires_grad=True)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import evenly
 from evenly.nn import BatchNorm, FrozenBatchNorm, InstanceNorm
@@ -311,3 +312,26 @@ def test_batch_norm_is_not_the_identity():
     y = evenly.nn.BatchNorm(4)(x)
     torch.testing.assert_close(y.mean(0), torch.zeros(4), rtol=0, atol=1e-5)
     torch.testing.assert_close(y.var(0, correction=0), torch.ones(4), rtol=1e-4, atol=0)
+
+
+def test_activation_checkpointing_counts_a_batch_once():
+    """The forward pass that is run again inside the backward pass must not move the running statistics again."""
+    x = torch.randn(6, 4, 5, dtype=torch.float64, requires_grad=True)
+    plain, recomputed = (BatchNorm(4, activation="silu").double() for _ in range(2))
+    (want,) = torch.autograd.grad(plain(x).pow(3).sum(), x)
+    y = checkpoint(recomputed, x, use_reentrant=False)
+    (got,) = torch.autograd.grad(y.pow(3).sum(), x)
+    torch.testing.assert_close(got, want, **CLOSE)
+    torch.testing.assert_close(recomputed.running_mean, plain.running_mean, **CLOSE)
+    assert recomputed.num_batches_tracked == 1
+
+
+def test_channel_dim():
+    """Channels last, as tokens have them."""
+    ours, theirs = BatchNorm(4, channel_dim=-1).double(), nn.BatchNorm1d(4).double()
+    x = torch.randn(6, 5, 4, dtype=torch.float64) * 2 + 1
+    for _ in range(2):
+        torch.testing.assert_close(ours(x), theirs(x.mT).mT, **CLOSE)
+    torch.testing.assert_close(ours.running_var, theirs.running_var, **CLOSE)
+    with pytest.raises(ValueError, match="channel_dim"):
+        BatchNorm(4, channel_dim=2)

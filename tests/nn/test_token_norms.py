@@ -63,6 +63,15 @@ def test_rms_norm_eps_none_is_the_epsilon_of_the_input_type(dtype):
     assert (want.pow(2).mean(-1).sqrt() - 1).abs().max() > 0.05  # the epsilon shows here
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rms_norm_of_half_input_takes_the_epsilon_of_float32(dtype):
+    """It accumulates in float32, and so does torch: the eps of bfloat16, 0.008, would damp small activations."""
+    x = (torch.randn(4, 64) * 0.03).to(dtype)
+    want = x.double() * (x.double().pow(2).mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).rsqrt()
+    for layer in [nn.RMSNorm(64, dtype=dtype), RMSNorm(64, dtype=dtype)]:
+        torch.testing.assert_close(layer(x).double(), want, rtol=2**-7, atol=1e-3)
+
+
 @pytest.mark.parametrize("wrong", [(3, 4), (5, 4), (), (4, 5, 1)])
 @pytest.mark.parametrize("layer", [LayerNorm(5), RMSNorm(5), ScaleNorm(5), LayerNorm((4, 5))], ids=repr)
 def test_wrong_trailing_shape(layer, wrong):
