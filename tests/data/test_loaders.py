@@ -71,10 +71,21 @@ def test_tabular_is_standardised_with_the_training_split():
     assert torch.allclose(data.train_x.mean(dim=0), torch.zeros(30), atol=1e-5)
     assert torch.allclose(data.train_x.std(dim=0, correction=0), torch.ones(30), atol=1e-4)
     raw = torch.cat([data.train_x, data.test_x]) * data.std + data.mean
-    assert torch.allclose(raw.sum(dim=0), torch.from_numpy(load_breast_cancer().data.sum(axis=0)).float(), rtol=1e-4)
+    assert torch.allclose(raw.sum(dim=0), torch.from_numpy(load_breast_cancer().data.sum(axis=0)), rtol=1e-5)
     assert data.class_names == ("malignant", "benign")
     assert data.feature_names[0] == "mean radius"
     assert data.normalize(data.test_x) is data.test_x
+
+
+def test_table_with_large_and_constant_columns(tmp_path):
+    n = 40
+    frame = pd.DataFrame({"time": 1.7e9 + np.arange(n), "same": 123456789.1, "y": [0, 1] * (n // 2)})
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    data = load(f"csv:{tmp_path / 't.csv'}:y")
+    assert data.train_x[:, 0].mean().abs() < 1e-5
+    assert data.train_x[:, 0].std(correction=0).item() == pytest.approx(1, abs=1e-5)
+    assert data.train_x[:, 1].abs().max() < 1e-6
+    assert data.test_x[:, 1].abs().max() < 1e-6
 
 
 def test_images_are_normalized_for_the_model():
@@ -89,7 +100,8 @@ def test_subset_is_stratified():
     data = load("digits")
     part = data.subset(train=100, test=50, seed=3)
     assert torch.bincount(part.train_y).min() >= 9
-    assert len(part.test_y) == 50
+    assert len(part.test_y) == len(torch.unique(part.test_x, dim=0)) == 50
+    assert len(data.subset(test=359).test_y) == 359
     assert torch.equal(part.mean, data.mean)
     assert data.subset(train=10**6) is data
     with pytest.raises(ValueError, match="cannot hold all 10 classes"):

@@ -537,13 +537,13 @@ def _glass_blur(x: Array, p: Params, draws: _Draws, scale: float) -> Array:
                 order[a], order[b] = order[b], order[a]
             out[k] = flat[k][order]
     else:
-        index = np.tile(np.arange(h * w), (n, 1))
+        index = np.repeat(np.arange(h * w)[:, None], n, axis=1)  # (pixels, images), so that a step is contiguous
         lanes = np.arange(n)
         for a, b in zip(here.tolist(), (here[:, None] + other.T), strict=True):
-            moved = index[lanes, b]
-            index[lanes, b] = index[:, a]
-            index[:, a] = moved
-        out = np.take_along_axis(flat, index[..., None], axis=1)
+            moved = index[b, lanes]
+            index[b, lanes] = index[a]
+            index[a] = moved
+        out = np.take_along_axis(flat, index.T[..., None], axis=1)
     return _gaussian(out.reshape(x.shape), sigma)
 
 
