@@ -537,13 +537,13 @@ def _glass_blur(x: Array, p: Params, draws: _Draws, scale: float) -> Array:
                 order[a], order[b] = order[b], order[a]
             out[k] = flat[k][order]
     else:
-        index = np.tile(np.arange(h * w), (n, 1))
+        index = np.repeat(np.arange(h * w)[:, None], n, axis=1)  # (pixels, images), so that a step is contiguous
         lanes = np.arange(n)
         for a, b in zip(here.tolist(), (here[:, None] + other.T), strict=True):
-            moved = index[lanes, b]
-            index[lanes, b] = index[:, a]
-            index[:, a] = moved
-        out = np.take_along_axis(flat, index[..., None], axis=1)
+            moved = index[b, lanes]
+            index[b, lanes] = index[a]
+            index[a] = moved
+        out = np.take_along_axis(flat, index.T[..., None], axis=1)
     return _gaussian(out.reshape(x.shape), sigma)
 
 
@@ -590,14 +590,14 @@ def _snow(x: Array, p: Params, draws: _Draws, scale: float) -> Array:
 def _frost_corruption(x: Array, p: Params, draws: _Draws, scale: float) -> Array:
     textures = _frost(scale)
     h, w, c = x.shape[1:]
-    need = math.ceil(1.1 * max(h, w))
-    if textures.shape[1] < need:  # larger images get enlarged textures
-        factor = need / textures.shape[1]
-        textures = ndimage.zoom(textures, (1, factor, factor, 1), order=1)
+    side = max(textures.shape[1], math.ceil(1.1 * max(h, w)))
     u = draws.uniform(3)
     which = (u[:, 0] * len(textures)).astype(int)
-    top = (u[:, 1] * (textures.shape[1] - h)).astype(int)
-    left = (u[:, 2] * (textures.shape[2] - w)).astype(int)
+    top, left = (u[:, 1] * (side - h)).astype(int), (u[:, 2] * (side - w)).astype(int)
+    if textures.shape[1] < side:  # larger images get enlarged textures
+        chosen = torch.from_numpy(textures[which]).permute(0, 3, 1, 2)
+        textures = F.interpolate(chosen, size=(side, side), mode="bilinear").permute(0, 2, 3, 1).numpy()
+        which = np.arange(len(x))
     crop = textures[
         which[:, None, None], (top[:, None] + np.arange(h))[:, :, None], (left[:, None] + np.arange(w))[:, None, :]
     ]

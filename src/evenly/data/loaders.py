@@ -43,8 +43,8 @@ class Dataset:
         train_x, test_x: float32; images (N, C, H, W) in [0, 1], tabular (N, D) standardised with ``mean``, ``std``.
         train_y, test_y: int64 (N,), indices into ``class_names``.
         class_names: one string a class.
-        mean, std: float32 statistics of the training split, (C,) for images, (D,) in the table's own units
-            for tabular data. A constant channel or feature has std 1, so that it becomes 0.
+        mean, std: statistics of the training split: (C,) float32 for images, (D,) float64 in the table's own
+            units for tabular data. A constant channel or feature has std 1, so that it becomes 0.
         feature_names: one string a column of tabular data, empty for images.
 
     Example:
@@ -100,7 +100,7 @@ class Dataset:
                 continue
             if count < self.num_classes:
                 raise ValueError(f"a subset of {count} {split} samples cannot hold all {self.num_classes} classes")
-            keep = torch.from_numpy(_stratified(y.numpy(), count, seed, self.class_names)[1])
+            keep = _proportional(y, count, seed)
             changes[f"{split}_x"], changes[f"{split}_y"] = x[keep], y[keep]
         return dataclasses.replace(self, **changes) if changes else self
 
@@ -118,9 +118,10 @@ def load(spec: str, *, seed: int = 0, test_fraction: float = 0.2, **options: Any
       ``idx``, raw or ``.gz``, in DIR, DIR/raw or DIR/MNIST/raw). With both train and t10k files the split is theirs;
       with one of them it is made here.
     - ``folder:DIR``: one sub-folder of images a class, in DIR, or in DIR/train and DIR/test (or val, valid,
-      validation). Options: ``size`` (pixels, or ``HxW``: the centre is cropped to that shape and resized; without it
-      all images must have one size), ``channels`` (1 or 3; default: 1 if every image is gray). Transparent parts
-      are laid on black, EXIF rotation is applied. Hidden files are passed over, anything else must be an image.
+      validation: the first of these that is there, the others are not read). Options: ``size`` (pixels, or ``HxW``:
+      the centre is cropped to that shape and resized; without it all images must have one size), ``channels``
+      (1 or 3; default: 1 if every image is gray). Transparent parts are laid on black, EXIF rotation is applied.
+      Hidden files are passed over, anything else must be an image.
     - ``csv:FILE:TARGET``: CSV, TSV (raw or ``.gz``, ``.bz2``, ``.xz``, ``.zip``) or Parquet, by pandas. Empty cells
       and ``?`` are missing. Text and boolean columns become one column a category of the training split (an unseen
       category is all zeros); numbers are filled with the training mean; each column with missing values gets an
@@ -237,7 +238,18 @@ def _some(names: Any, limit: int = 20) -> str:
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
-def _stratified(y: Array, test: int | float, seed: int, class_names: Sequence[str]) -> tuple[Array, Array]:
+def _proportional(y: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+    """Indices of ``count`` samples with the class shares of y: every class's first, then its next by its share."""
+    order = np.random.default_rng(seed).permutation(len(y))
+    labels = y.numpy()[order]
+    sizes = np.bincount(labels)
+    rank = np.empty(len(labels))
+    for k, size in enumerate(sizes):
+        rank[labels == k] = np.arange(size) / max(1, size)
+    return torch.from_numpy(order[np.argsort(rank, kind="stable")[:count]])
+
+
+def _stratified(y: Array, test: float, seed: int, class_names: Sequence[str]) -> tuple[Array, Array]:
     from sklearn.model_selection import train_test_split
 
     counts = np.bincount(y, minlength=len(class_names))
@@ -246,7 +258,7 @@ def _stratified(y: Array, test: int | float, seed: int, class_names: Sequence[st
         listed = _some(f"{name!r} ({n})" for name, n in few.items())
         hint = " A number with many values is no class: this loader is for classification." if len(few) > 20 else ""
         raise ValueError(f"each class needs at least 2 samples for a stratified split; too few in: {listed}.{hint}")
-    tested = test if isinstance(test, int) else math.ceil(test * len(y))
+    tested = math.ceil(test * len(y))
     if tested < len(counts) or len(y) - tested < len(counts):
         raise ValueError(
             f"{len(y)} samples split into {len(y) - tested} train and {tested} test cannot hold all {len(counts)} "
@@ -261,14 +273,16 @@ def _moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     mean, std = wide.mean(dim=axes), wide.std(dim=axes, correction=0)
     # rounding leaves a constant column a std of about 1e-16 times its value
     constant = std <= 1e-12 * mean.abs()
-    return mean.float(), torch.where(constant, torch.ones_like(std), std).float()
+    return mean, torch.where(constant, torch.ones_like(std), std)
 
 
 def _images(name: str, train: tuple[Array, Array], test: tuple[Array, Array], class_names: Sequence[str]) -> Dataset:
     tensors = [torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)) for x in (train[0], test[0])]
     labels = [torch.from_numpy(np.ascontiguousarray(y, dtype=np.int64)) for y in (train[1], test[1])]
     mean, std = _moments(tensors[0])
-    return Dataset(name, "image", tensors[0], labels[0], tensors[1], labels[1], tuple(class_names), mean, std)
+    return Dataset(
+        name, "image", tensors[0], labels[0], tensors[1], labels[1], tuple(class_names), mean.float(), std.float()
+    )
 
 
 def _table(
@@ -281,7 +295,7 @@ def _table(
     raw = [torch.from_numpy(np.ascontiguousarray(x, dtype=np.float64)) for x in (train[0], test[0])]
     labels = [torch.from_numpy(np.ascontiguousarray(y, dtype=np.int64)) for y in (train[1], test[1])]
     mean, std = _moments(raw[0])
-    x = [((r - mean.double()) / std.double()).float() for r in raw]
+    x = [((r - mean) / std).float() for r in raw]
     return Dataset(
         name, "tabular", x[0], labels[0], x[1], labels[1], tuple(class_names), mean, std, tuple(feature_names)
     )
@@ -657,17 +671,17 @@ def _match_columns(train: Dataset, ood: Dataset, x: torch.Tensor) -> torch.Tenso
             f"{train.name} and {ood.name} must have the same columns; only in {train.name}: {_some(mine - theirs)}; "
             f"only in {ood.name}: {_some(theirs - mine)}"
         )
-    raw = x.double() * ood.std.double() + ood.mean.double()
+    raw = x.double() * ood.std + ood.mean
     place = {name: k for k, name in enumerate(ood.feature_names)}
     out = torch.zeros(len(x), len(train.feature_names), dtype=torch.float64)
     for k, name in enumerate(train.feature_names):
         if name in place:
             value = raw[:, place[name]]
             gone = place.get(f"{name} missing")
-            out[:, k] = value if gone is None else torch.where(raw[:, gone] > 0.5, train.mean[k].double(), value)
+            out[:, k] = value if gone is None else torch.where(raw[:, gone] > 0.5, train.mean[k], value)
         elif "=" not in name and not name.endswith(" missing"):
             raise ValueError(f"the column {name!r} is a number in {train.name} and text in {ood.name}")
-    return ((out - train.mean.double()) / train.std.double()).float()
+    return ((out - train.mean) / train.std).float()
 
 
 _READERS: dict[str, tuple[Callable[..., Dataset], set[str]]] = {

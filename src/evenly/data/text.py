@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import sysconfig
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +38,7 @@ class TextData:
 
 
 def stdlib_source(max_bytes: int = 1_000_000) -> bytes:
-    """The source of the running Python's standard library, its files in the order of their paths.
+    """The source of the running Python's standard library, folder by folder in the order of names.
 
     Tests and installed packages are left out. The text depends on the Python version alone.
 
@@ -55,9 +56,8 @@ def stdlib_source(max_bytes: int = 1_000_000) -> bytes:
     if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1:
         raise ValueError(f"max_bytes must be a positive integer, got {max_bytes!r}")
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = (p for p in root.rglob("*.py") if not _LEFT_OUT.intersection(p.relative_to(root).parts[:-1]))
     out = bytearray()
-    for file in sorted(files, key=lambda p: p.relative_to(root).as_posix()):
+    for file in _sources(root):
         out += file.read_bytes()
         if len(out) >= max_bytes:
             return bytes(out[:max_bytes])
@@ -97,6 +97,15 @@ def load_text(spec: str, *, max_bytes: int | None = None, val_fraction: float = 
         raise ValueError(f"{spec} has {len(raw)} bytes, too few to split into training and validation")
     data = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
     return TextData(spec, data[:-held_out].clone(), data[-held_out:].clone())
+
+
+def _sources(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.iterdir(), key=lambda p: p.name):
+        if path.is_dir():
+            if path.name not in _LEFT_OUT:
+                yield from _sources(path)
+        elif path.suffix == ".py":
+            yield path
 
 
 def _read_bytes(path: Path) -> bytes:
