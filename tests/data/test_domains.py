@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 
 import pytest
@@ -109,8 +110,10 @@ def test_populations_shift(cancer):
 
 def test_domain_errors(digits, cancer):
     assert list(domains_for(digits)) == list(DOMAINS["image"])
-    with pytest.raises(ValueError, match=r"unknown domain 'missing' for image data; the valid names are: inverted"):
-        apply_domain(digits, "missing")
+    with pytest.raises(
+        ValueError, match=r"unknown domain 'missing_cells' for image data; the valid names are: inverted"
+    ):
+        apply_domain(digits, "missing_cells")
     with pytest.raises(ValueError, match="for tabular data"):
         apply_domain(cancer.test_x, "rotated")
     with pytest.raises(TypeError, match="expected a Dataset"):
@@ -188,3 +191,6 @@ def test_suite_fits_the_data(digits, cancer):
             assert torch.equal(again(data.test_x, 2, seed=7), out)
             assert torch.allclose(function(data.test_x[4:], 2, 7, start=4), out[4:], atol=2e-6)
             assert name in repr(function)
+        assert not set(suite) & set(domains_for(data))
+    one = dataclasses.replace(cancer, train_x=cancer.train_x[:, :1], test_x=cancer.test_x[:, :1])
+    assert "swap" not in corruption_suite(one)

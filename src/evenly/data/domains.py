@@ -66,7 +66,7 @@ def domains_for(dataset: Dataset) -> dict[str, Domain]:
     Example:
         >>> from evenly.data import load
         >>> sorted(domains_for(load("wine")))
-        ['feature_noise', 'label_shift', 'missing', 'sensor_drift', 'subpopulation']
+        ['feature_noise', 'label_shift', 'missing_cells', 'sensor_drift', 'subpopulation']
     """
     return dict(DOMAINS[dataset.kind])
 
@@ -114,7 +114,8 @@ def apply_domain(data: Dataset | torch.Tensor, name: str, seed: int = 0) -> Data
 def corruption_suite(dataset: Dataset) -> dict[str, Corruption]:
     """The corruptions of the data set's kind: name -> function of (x, severity, seed), severity 1 to 5.
 
-    Images: :func:`evenly.data.corrupt_batch` with its name filled in; tables: :func:`corrupt_table`. x is what the
+    Images: :func:`evenly.data.corrupt_batch` with its name filled in; tables: :func:`corrupt_table`, less ``swap``
+    where there is one feature. x is what the
     data set holds, before ``dataset.normalize``. Pass ``start=`` when x is a later batch.
 
     Example:
@@ -126,7 +127,10 @@ def corruption_suite(dataset: Dataset) -> dict[str, Corruption]:
     """
     if dataset.kind == "image":
         return {name: _NamedCorruption(corrupt_batch, name) for name in CORRUPTIONS}
-    return tabular_corruptions()
+    suite = tabular_corruptions()
+    if dataset.input_shape[0] < 2:
+        del suite["swap"]
+    return suite
 
 
 def tabular_corruptions() -> dict[str, Corruption]:
@@ -311,7 +315,7 @@ def _sensor_drift(x: torch.Tensor, y: torch.Tensor, seed: int) -> tuple[torch.Te
     return x * torch.exp(0.3 * scale) + 0.5 * offset, y
 
 
-def _missing(x: torch.Tensor, y: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _missing_cells(x: torch.Tensor, y: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """30 % of the cells are missing at random and filled with the training mean, 0."""
     return corrupt_table(x, "missing", 3, seed=seed), y
 
@@ -385,7 +389,7 @@ DOMAINS: Mapping[str, Mapping[str, Domain]] = MappingProxyType(
         "tabular": MappingProxyType(
             {
                 "sensor_drift": _sensor_drift,
-                "missing": _missing,
+                "missing_cells": _missing_cells,
                 "feature_noise": _feature_noise,
                 "subpopulation": _subpopulation,
                 "label_shift": _label_shift,
