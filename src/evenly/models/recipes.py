@@ -24,7 +24,7 @@ __all__ = ["RECIPES", "Layer", "Recipe", "recipe", "recipes_for"]
 Layer = str | Callable[[int], nn.Module]
 """A name that :func:`evenly.nn.create` knows, or a callable from the number of features to a module."""
 
-KINDS = ("image", "features")
+KINDS = ("image", "tabular")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Recipe:
             a callable that takes the number of features (channels, axis 1) and returns a module.
         prepare: called with the finished network; changes it in place or returns another one. ``None``:
             nothing more to do.
-        kinds: the inputs it is for: ``"image"`` (N, C, H, W) and ``"features"`` (N, C).
+        kinds: the inputs it is for: ``"image"`` (N, C, H, W) and ``"tabular"`` (N, C).
         description: one line for the report.
     """
 
@@ -135,12 +135,12 @@ def recipes_for(kind: str) -> list[str]:
     """The names of the recipes for inputs of a kind.
 
     Args:
-        kind: ``"image"`` or ``"features"``.
+        kind: ``"image"`` or ``"tabular"``.
 
     Raises:
         ValueError: another kind.
 
-    >>> "instance" in recipes_for("features")
+    >>> "instance" in recipes_for("tabular")
     False
     """
     if kind not in KINDS:

@@ -280,21 +280,19 @@ def _plan(
     dataset = load_data(data)
     if ood is not None:
         load_data(ood)
-    if dataset.kind not in ("image", "features"):
-        raise ValueError(f"data {data!r} are {dataset.kind}; compare handles images and feature vectors")
     model = model or ("resnet" if dataset.kind == "image" else "mlp")
     names = tuple(norms) if norms is not None else tuple(recipes_for(dataset.kind))
     if not names or len(set(names)) < len(names):
         raise ValueError(f"normalizations are {list(names)}, expected one or more, each once")
     kinds = {name: recipe(name).kinds for name in names}
     if model in ("resnet", "mlp"):
-        kind = "features" if model == "mlp" else dataset.kind
+        kind = "tabular" if model == "mlp" else dataset.kind
         if norms is None:
             names = tuple(name for name in names if kind in kinds[name])
         wrong = [name for name in names if kind not in kinds[name]]
         if wrong:
             raise ValueError(
-                f"{', '.join(wrong)} cannot normalize {kind}; for model {model!r} known are "
+                f"{', '.join(wrong)} cannot normalize feature vectors; for model {model!r} known are "
                 f"{', '.join(recipes_for(kind))}"
             )
     own = [path for path in (model, *names) if ":" in path]

@@ -12,7 +12,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ class TestSets:
         shifts: one ``(name, severity)`` a set in ``shifted_x``: a corruption and its severity 1..5, or a shifted
             domain and 0.
         shifted_x: (sets, samples, ...) the same test samples, changed.
-        shifted_y: (samples,) their labels.
+        shifted_y: (sets, samples) their labels.
         ood_x, ood_y: the second data set, if there is one.
     """
 
@@ -109,20 +109,31 @@ test_sets.__test__ = False  # type: ignore[attr-defined]
 def _test_sets(
     spec: str, ood: str | None, severities: tuple[int, ...], seed: int, samples: int, code: str, cache: str | None
 ) -> TestSets:
+    from evenly.data import match_classes
+
     data = load_data(spec)
     chosen = torch.randperm(len(data.test_x), generator=torch.Generator().manual_seed(seed))[:samples]
     shifts = _shifts(data, severities)
     base, labels = data.test_x[chosen], data.test_y[chosen]
     name = hashlib.sha256(json.dumps([data_hash(spec), severities, seed, samples, code]).encode()).hexdigest()[:16]
-    path = None if cache is None else Path(cache) / f"sets-{name}.npy"
+    path = None if cache is None else Path(cache) / f"sets-{name}.npz"
     if path is not None and path.is_file():
-        shifted = torch.from_numpy(np.load(path))
+        with np.load(path) as kept:
+            shifted_x, shifted_y = torch.from_numpy(kept["x"]), torch.from_numpy(kept["y"])
     else:
-        shifted = _make(data, base, shifts, seed)
+        shifted_x, shifted_y = _make(data, base, labels, shifts, seed)
         if path is not None:
-            _write(path, shifted)
-    ood_x, ood_y = (None, None) if ood is None else _second(data, load_data(ood))
-    return TestSets(data.test_x, data.test_y, shifts, shifted, labels, ood_x, ood_y)
+            _write(path, x=shifted_x.numpy(), y=shifted_y.numpy())
+    second = None if ood is None else match_classes(data, load_data(ood))
+    return TestSets(
+        data.test_x,
+        data.test_y,
+        shifts,
+        shifted_x,
+        shifted_y,
+        None if second is None else second.test_x,
+        None if second is None else second.test_y,
+    )
 
 
 def _shifts(data: Dataset, severities: tuple[int, ...]) -> tuple[tuple[str, int], ...]:
@@ -132,26 +143,27 @@ def _shifts(data: Dataset, severities: tuple[int, ...]) -> tuple[tuple[str, int]
     return (*corruptions, *((name, 0) for name in domains_for(data)))
 
 
-def _make(data: Dataset, x: Tensor, shifts: tuple[tuple[str, int], ...], seed: int) -> Tensor:
-    from evenly.data import apply_domain, corruption_suite
+def _make(
+    data: Dataset, x: Tensor, y: Tensor, shifts: tuple[tuple[str, int], ...], seed: int
+) -> tuple[Tensor, Tensor]:
+    from evenly.data import corruption_suite, domains_for
 
-    suite: dict[str, Any] = corruption_suite(data)
-    out = torch.empty((len(shifts), *x.shape), dtype=torch.float32)
+    suite, domains = corruption_suite(data), domains_for(data)
+    out_x = torch.empty((len(shifts), *x.shape), dtype=torch.float32)
+    out_y = y.repeat(len(shifts), 1)
     for index, (name, severity) in enumerate(shifts):
-        out[index] = suite[name](x, severity, seed) if severity else apply_domain(x, name, seed=seed)
-    return out
+        if severity:
+            out_x[index] = suite[name](x, severity, seed)
+        else:
+            out_x[index], out_y[index] = domains[name](x, y, seed)
+    return out_x, out_y
 
 
-def _write(path: Path, shifted: Tensor) -> None:
+def _write(path: Path, **arrays: np.ndarray) -> None:
     # Under another name first: a reader sees a whole file or none.
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.stem}-{os.getpid()}.part")
     with draft.open("wb") as file:
-        np.save(file, shifted.numpy())
+        np.savez(file, **arrays)  # type: ignore[arg-type]
     os.replace(draft, path)
 
-
-def _second(data: Dataset, other: Dataset) -> tuple[Tensor, Tensor]:
-    from evenly.data import match_classes
-
-    return match_classes(data, other)

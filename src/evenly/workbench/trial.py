@@ -6,7 +6,7 @@ step, memory) is not part of that promise.
 
 Training: stochastic gradient descent with Nesterov momentum 0.9, weight decay 5e-4 on all parameters, cross
 entropy, the learning rate rising linearly over the first fifth of the steps to ``lr`` and falling to zero along
-a cosine; inputs are centred and scaled by the mean and standard deviation of the training set. The last
+a cosine; images are centred and scaled by the mean and standard deviation of the training set. The last
 incomplete batch of an epoch is left out, so every step costs the same and no statistic is taken over a lone
 remainder.
 
@@ -68,7 +68,7 @@ class TrialSettings:
         purpose: ``"score"``: train on the whole training set, test on everything. ``"tune"``: hold out a fifth
             of the training set, and report accuracy and loss on that fifth only.
         max_steps: stop training after so many steps (the schedule is fitted to them); ``None`` for no limit.
-        train_samples: train on the first so many samples of the shuffled training set; ``None`` for all.
+        train_samples: train on a stratified part of so many samples of the training set; ``None`` for all.
         severities: the severities of the corruptions, out of 1..5.
         corruption_seed: seeds the corruptions and the shifted domains, which are the same for all trials.
         test_samples: at most so many test samples are corrupted or shifted (the first of a fixed shuffle). Clean
@@ -226,22 +226,25 @@ def run_trial(settings: TrialSettings, cache: str | Path | None = None) -> Trial
     """
     started = time.perf_counter()
     data = load_data(settings.data)
+    if settings.train_samples is not None:
+        data = data.subset(train=settings.train_samples)
     with _reproducible(settings.seed):
-        shape = tuple(data.train_x.shape[1:])
-        model = build_model(settings.model, data.kind, shape, len(data.class_names), settings.norm)
+        shape = data.input_shape
+        model = build_model(settings.model, data.kind, shape, data.num_classes, settings.norm)
         device = torch.device(settings.device)
         model.to(device)
-        shift, factor = _standardization(data.train_x, data.kind)
         inputs, labels = data.train_x, data.train_y
-        if settings.train_samples is not None:
-            inputs, labels = inputs[: settings.train_samples], labels[: settings.train_samples]
         held_out: tuple[Tensor, Tensor] | None = None
         if settings.purpose == "tune":
+            order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(settings.seed))
             cut = max(1, round(len(inputs) * VALIDATION))
-            held_out = (inputs[:cut], labels[:cut])
-            inputs, labels = inputs[cut:], labels[cut:]
-        prepare = functools.partial(_prepare, shift=shift, factor=factor, device=device)
-        training = _train(model, prepare(inputs), labels.to(device), settings, len(data.class_names))
+            held_out = (inputs[order[:cut]], labels[order[:cut]])
+            inputs, labels = inputs[order[cut:]], labels[order[cut:]]
+
+        def prepare(x: Tensor) -> Tensor:
+            return data.normalize(x).to(device)
+
+        training = _train(model, prepare(inputs), labels.to(device), settings, data.num_classes)
         model.eval()
         if held_out is not None:
             accuracy, loss = _evaluate(model, held_out[0], held_out[1], prepare)
@@ -264,7 +267,7 @@ def build_model(model: str, kind: str, shape: tuple[int, ...], num_classes: int,
             callable from a number of features to a new normalization layer, the same that ``"resnet"`` and
             ``"mlp"`` use; with ``--norms none`` it returns ``torch.nn.Identity``. What the recipe does to the
             whole network (weight standardization) is applied to what the factory returns.
-        kind: ``"image"`` or ``"features"``.
+        kind: ``"image"`` or ``"tabular"``.
         shape: shape of one input.
         num_classes: length of the output.
         norm: a name in :data:`evenly.models.RECIPES`, or ``"module:attribute"``.
@@ -273,7 +276,7 @@ def build_model(model: str, kind: str, shape: tuple[int, ...], num_classes: int,
         ValueError: an unknown model, a model that does not fit the data, or a factory that takes no ``norm``.
         TypeError: the factory returned no module.
 
-    >>> build_model("mlp", "features", (30,), 2, "group").head
+    >>> build_model("mlp", "tabular", (30,), 2, "group").head
     Linear(in_features=64, out_features=2, bias=True)
     """
     from evenly.models import mlp, recipe, resnet
@@ -352,17 +355,6 @@ def _reproducible(seed: int) -> Iterator[None]:
         finally:
             torch.set_num_threads(threads)
             torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-
-
-def _standardization(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    axes = (0, 2, 3) if kind == "image" else (0,)
-    mean = x.mean(axes, keepdim=True, dtype=torch.float64)
-    std = x.double().std(axes, correction=0, keepdim=True)
-    return mean.float(), torch.where(std > 0, 1 / std, torch.ones_like(std)).float()
-
-
-def _prepare(x: Tensor, shift: Tensor, factor: Tensor, device: torch.device) -> Tensor:
-    return ((x - shift) * factor).to(device)
 
 
 def _train(
@@ -500,7 +492,7 @@ def _test(
     if len(sets.shifted_x):
         # All corrupted and shifted sets in one go: (sets, samples, ...) as one long batch.
         count, samples = sets.shifted_x.shape[:2]
-        hits, _ = _hits(model, sets.shifted_x.flatten(0, 1), sets.shifted_y.repeat(count), prepare)
+        hits, _ = _hits(model, sets.shifted_x.flatten(0, 1), sets.shifted_y.flatten(), prepare)
         by_name: dict[str, list[float]] = {}
         accuracies = hits.view(count, samples).double().mean(1).tolist()
         for (name, severity), accuracy in zip(sets.shifts, accuracies, strict=True):
