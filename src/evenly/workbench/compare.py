@@ -28,7 +28,7 @@ from rich.console import Console
 from evenly.workbench.engines import LocalEngine, Outcome, make_engine
 from evenly.workbench.metrics import METRICS, Arm, finding, summarize
 from evenly.workbench.progress import Watch, ranking_table
-from evenly.workbench.sets import data_hash, load_data, test_sets
+from evenly.workbench.sets import data_hash, load_data, evaluation_sets
 from evenly.workbench.store import Store
 from evenly.workbench.trial import (
     TrialFailure,
@@ -397,7 +397,7 @@ class _Runner:
                 )
                 if isinstance(engine, LocalEngine):
                     engine.warm_up()
-                test_sets(plan.template, self.store.folder / "cache")  # while the workers start
+                evaluation_sets(plan.template, self.store.folder / "cache")  # while the workers start
                 watch.started = time.monotonic()
                 for settings in missing:
                     engine.submit(settings)

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from evenly.data import Dataset
     from evenly.workbench.trial import TrialSettings
 
-__all__ = ["TestSets", "data_hash", "load_data", "test_sets"]
+__all__ = ["EvaluationSets", "data_hash", "load_data", "evaluation_sets"]
 
 SPLIT_SEED = 0
 """Seeds the split into training and test set, the same for every trial."""
 
 
 @dataclass(frozen=True)
-class TestSets:
+class EvaluationSets:
     """What a network is tested on.
 
     Attributes:
@@ -48,8 +48,6 @@ class TestSets:
     shifted_y: Tensor
     ood_x: Tensor | None = None
     ood_y: Tensor | None = None
-
-    __test__ = False  # no class of tests, whatever pytest thinks of its name
 
 
 @functools.lru_cache(maxsize=4)
@@ -80,7 +78,7 @@ def data_hash(spec: str, ood: str | None = None) -> str:
     return digest.hexdigest()[:16]
 
 
-def test_sets(settings: TrialSettings, cache: str | Path | None = None) -> TestSets:
+def evaluation_sets(settings: TrialSettings, cache: str | Path | None = None) -> EvaluationSets:
     """The test sets of a trial.
 
     Args:
@@ -102,13 +100,11 @@ def test_sets(settings: TrialSettings, cache: str | Path | None = None) -> TestS
     )
 
 
-test_sets.__test__ = False  # type: ignore[attr-defined]
-
 
 @functools.lru_cache(maxsize=2)
 def _test_sets(
     spec: str, ood: str | None, severities: tuple[int, ...], seed: int, samples: int, code: str, cache: str | None
-) -> TestSets:
+) -> EvaluationSets:
     from evenly.data import match_classes
 
     data = load_data(spec)
@@ -125,7 +121,7 @@ def _test_sets(
         if path is not None:
             _write(path, x=shifted_x.numpy(), y=shifted_y.numpy())
     second = None if ood is None else match_classes(data, load_data(ood))
-    return TestSets(
+    return EvaluationSets(
         data.test_x,
         data.test_y,
         shifts,

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from evenly.workbench.sets import TestSets, load_data, test_sets
+from evenly.workbench.sets import EvaluationSets, load_data, evaluation_sets
 
 __all__ = ["TrialFailure", "TrialResult", "TrialSettings", "build_model", "code_version", "run_trial"]
 
@@ -251,7 +251,7 @@ def run_trial(settings: TrialSettings, cache: str | Path | None = None) -> Trial
             return TrialResult(
                 **training, validation={"accuracy": accuracy, "loss": loss}, seconds=time.perf_counter() - started
             )
-        sets = test_sets(settings, cache)
+        sets = evaluation_sets(settings, cache)
         return TrialResult(
             **training, **_test(model, sets, settings, prepare), seconds=time.perf_counter() - started
         )
@@ -484,7 +484,7 @@ def _hits(
 
 
 def _test(
-    model: nn.Module, sets: TestSets, settings: TrialSettings, prepare: Callable[[Tensor], Tensor]
+    model: nn.Module, sets: EvaluationSets, settings: TrialSettings, prepare: Callable[[Tensor], Tensor]
 ) -> dict[str, Any]:
     clean, _ = _evaluate(model, sets.clean_x, sets.clean_y, prepare)
     corruptions: dict[str, tuple[float, ...]] = {}
