@@ -38,9 +38,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [int(v) if float(v).is_integer() else round(v, 10) for v in values]
 
 
-def dumbbell(
-    rows: Sequence[tuple[str, tuple[float, float], tuple[float, float]]], labels: tuple[str, str]
-) -> str:
+def dumbbell(rows: Sequence[tuple[str, tuple[float, float], tuple[float, float]]], labels: tuple[str, str]) -> str:
     """Two values a row with their spreads, joined by a line: clean accuracy and mPC of each normalization.
 
     Args:
@@ -216,4 +214,5 @@ def _mark(x: float, y: float, kind: str, tip: str, size: float = 5.5) -> str:
     if kind == "clean":
         return f'<circle class="mark clean" cx="{x:.1f}" cy="{y:.1f}" r="{size:g}">{title}</circle>'
     s = size * 1.15
-    return f'<path class="mark robust" d="M{x:.1f} {y - s:.1f}l{s:.1f} {s:.1f}l{-s:.1f} {s:.1f}l{-s:.1f} {-s:.1f}z">{title}</path>'
+    shape = f"M{x:.1f} {y - s:.1f}l{s:.1f} {s:.1f}l{-s:.1f} {s:.1f}l{-s:.1f} {-s:.1f}z"
+    return f'<path class="mark robust" d="{shape}">{title}</path>'

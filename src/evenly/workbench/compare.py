@@ -28,11 +28,10 @@ from rich.console import Console
 from evenly.workbench.engines import LocalEngine, Outcome, make_engine
 from evenly.workbench.metrics import METRICS, Arm, finding, summarize
 from evenly.workbench.progress import Watch, ranking_table
-from evenly.workbench.sets import data_hash, load_data, evaluation_sets
+from evenly.workbench.sets import data_hash, evaluation_sets, load_data
 from evenly.workbench.store import Store
 from evenly.workbench.trial import (
     TrialFailure,
-    TrialResult,
     TrialSettings,
     code_version,
 )
@@ -175,7 +174,9 @@ def compare(
     with Store(out, call, environment) as store:
         runner = _Runner(plan, store, console)
         try:
-            runner.run(lambda: make_engine(engine, workers=workers, address=address, device=device, cache=out / "cache"))
+            runner.run(
+                lambda: make_engine(engine, workers=workers, address=address, device=device, cache=out / "cache")
+            )
         except KeyboardInterrupt:
             console.print(
                 f"Stopped. {len(runner.outcomes)} finished trials are kept in {out}; "
@@ -356,9 +357,7 @@ class _Runner:
 
     def run(self, start: Callable[[], Any]) -> None:
         plan = self.plan
-        stored = {
-            key: row for key, row in self.store.trials().items() if not isinstance(row.outcome, TrialFailure)
-        }
+        stored = {key: row for key, row in self.store.trials().items() if not isinstance(row.outcome, TrialFailure)}
         with Watch(self.console, plan.norms, plan.batch_sizes, self._work, 1) as watch:
             self.watch = watch
             missing: list[TrialSettings] = []

@@ -102,9 +102,7 @@ def _attempt(settings: TrialSettings, cache: str | Path | None) -> Outcome:
         return run_trial(settings, cache)
     except Exception as error:
         text = " ".join(str(error).split())
-        return TrialFailure(
-            f"{type(error).__name__}: {text}", traceback.format_exc(), time.perf_counter() - started
-        )
+        return TrialFailure(f"{type(error).__name__}: {text}", traceback.format_exc(), time.perf_counter() - started)
 
 
 # ---------------------------------------------------------------------------------------------- this machine
@@ -306,7 +304,9 @@ class RayEngine(Engine):
         self._joined = ray.is_initialized()  # by the caller: then it is not ours to shut down
         if not self._joined:
             here = str(Path(__file__).resolve().parents[2])
-            paths = os.pathsep.join(dict.fromkeys([here, str(Path.cwd()), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]))
+            paths = os.pathsep.join(
+                dict.fromkeys([here, str(Path.cwd()), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+            )
             options: dict[str, Any] = {"runtime_env": {"env_vars": {"PYTHONPATH": paths.rstrip(os.pathsep)}}}
             if address is None:
                 options |= {"num_cpus": workers or _default_workers("cpu"), "include_dashboard": False}

@@ -111,7 +111,9 @@ class Watch:
         seconds = rest * (time.monotonic() - self.started) / self.done
         return f"about {_duration(seconds)} left"
 
-    def _refresh(self, settings: TrialSettings | None = None, outcome: TrialResult | TrialFailure | None = None) -> None:
+    def _refresh(
+        self, settings: TrialSettings | None = None, outcome: TrialResult | TrialFailure | None = None
+    ) -> None:
         if self._live is not None:
             self._bar.update(self._task, total=self.planned, completed=self.count, left=self.left())
             self._live.update(self._view())
@@ -149,7 +151,14 @@ def ranking_table(arms: Sequence[Arm], metric: str) -> Table:
     table.add_column("", justify="right")
     table.add_column("normalization")
     shown = [m for m in METRICS if any(m in arm.scores for arm in arms)]
-    titles = {"mpc": "mPC", "clean": "clean", "rpc": "rPC", "worst": "worst corruption", "domain": "domains", "ood": "ood"}
+    titles = {
+        "mpc": "mPC",
+        "clean": "clean",
+        "rpc": "rPC",
+        "worst": "worst corruption",
+        "domain": "domains",
+        "ood": "ood",
+    }
     for name in shown:
         table.add_column(titles[name], justify="right")
     batches = [cell.batch_size for cell in arms[0].cells] if arms else []

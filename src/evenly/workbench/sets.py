@@ -89,7 +89,7 @@ def evaluation_sets(settings: TrialSettings, cache: str | Path | None = None) ->
     Raises:
         ValueError: the second data set shares no class with the first, or has another shape.
     """
-    return _test_sets(
+    return _sets(
         settings.data,
         settings.ood,
         settings.severities,
@@ -100,9 +100,8 @@ def evaluation_sets(settings: TrialSettings, cache: str | Path | None = None) ->
     )
 
 
-
 @functools.lru_cache(maxsize=2)
-def _test_sets(
+def _sets(
     spec: str, ood: str | None, severities: tuple[int, ...], seed: int, samples: int, code: str, cache: str | None
 ) -> EvaluationSets:
     from evenly.data import match_classes
@@ -139,9 +138,7 @@ def _shifts(data: Dataset, severities: tuple[int, ...]) -> tuple[tuple[str, int]
     return (*corruptions, *((name, 0) for name in domains_for(data)))
 
 
-def _make(
-    data: Dataset, x: Tensor, y: Tensor, shifts: tuple[tuple[str, int], ...], seed: int
-) -> tuple[Tensor, Tensor]:
+def _make(data: Dataset, x: Tensor, y: Tensor, shifts: tuple[tuple[str, int], ...], seed: int) -> tuple[Tensor, Tensor]:
     from evenly.data import corruption_suite, domains_for
 
     suite, domains = corruption_suite(data), domains_for(data)
@@ -162,4 +159,3 @@ def _write(path: Path, **arrays: np.ndarray) -> None:
     with draft.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
     os.replace(draft, path)
-

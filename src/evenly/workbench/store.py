@@ -156,9 +156,7 @@ class Store:
         )
         for key, settings, state, outcome, run, tries, finished in rows:
             kind = TrialResult if state == "done" else TrialFailure
-            found[key] = StoredTrial(
-                TrialSettings.from_json(settings), kind.from_json(outcome), run, tries, finished
-            )
+            found[key] = StoredTrial(TrialSettings.from_json(settings), kind.from_json(outcome), run, tries, finished)
         return found
 
     def runs(self) -> list[dict[str, Any]]:

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from evenly.workbench.sets import EvaluationSets, load_data, evaluation_sets
+from evenly.workbench.sets import EvaluationSets, evaluation_sets, load_data
 
 __all__ = ["TrialFailure", "TrialResult", "TrialSettings", "build_model", "code_version", "run_trial"]
 
@@ -252,9 +252,7 @@ def run_trial(settings: TrialSettings, cache: str | Path | None = None) -> Trial
                 **training, validation={"accuracy": accuracy, "loss": loss}, seconds=time.perf_counter() - started
             )
         sets = evaluation_sets(settings, cache)
-        return TrialResult(
-            **training, **_test(model, sets, settings, prepare), seconds=time.perf_counter() - started
-        )
+        return TrialResult(**training, **_test(model, sets, settings, prepare), seconds=time.perf_counter() - started)
 
 
 def build_model(model: str, kind: str, shape: tuple[int, ...], num_classes: int, norm: str) -> nn.Module:
@@ -461,17 +459,13 @@ class _SavedBytes(torch.autograd.graph.saved_tensors_hooks):
 
 
 @torch.no_grad()
-def _evaluate(
-    model: nn.Module, x: Tensor, y: Tensor, prepare: Callable[[Tensor], Tensor]
-) -> tuple[float, float]:
+def _evaluate(model: nn.Module, x: Tensor, y: Tensor, prepare: Callable[[Tensor], Tensor]) -> tuple[float, float]:
     hits, loss = _hits(model, x, y, prepare)
     return hits.double().mean().item(), loss
 
 
 @torch.no_grad()
-def _hits(
-    model: nn.Module, x: Tensor, y: Tensor, prepare: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, float]:
+def _hits(model: nn.Module, x: Tensor, y: Tensor, prepare: Callable[[Tensor], Tensor]) -> tuple[Tensor, float]:
     # Which samples are classified rightly, and the mean loss; a prediction that is not finite is wrong.
     size = max(1, EVALUATION_VALUES // max(1, math.prod(x.shape[1:])))
     hits, total = [], 0.0
