@@ -117,9 +117,11 @@ def compare(
     ] = None,
     batch_sizes: Annotated[str | None, typer.Option(help="With commas between. [default: 4,64]")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="How many. [default: 3]")] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training set. [default: 4]")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Passes over the training set. [default: 110 steps, at least 2]")
+    ] = None,
     lr: Annotated[
-        float | None, typer.Option(help="Learning rate. [default: 0.1 * sqrt(batch size / 64), searched around]")
+        float | None, typer.Option(help="Learning rate. [default: 0.01 * sqrt(batch size / 64), searched around]")
     ] = None,
     tune: Annotated[
         bool | None,
