@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import fnmatch
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -39,11 +40,13 @@ from evenly.conversion.refinement import refine as run_refinement
 from evenly.conversion.report import Report, Row, measure_agreement
 from evenly.conversion.sources import Source, Target, describe, norm_layers
 from evenly.conversion.trace import Flow, run_flow, symbolic_flow
+from evenly.nn.create import default_groups
 
 __all__ = ["convert"]
 
 Only = str | type | Sequence["str | type"] | Callable[[str, nn.Module], bool]
 
+_GROUP_VALUES = 64
 _CONSTANT = ("batch", "sync", "frozen", "none", "folded")
 _HOOKS = (
     "_forward_hooks",
@@ -82,7 +85,7 @@ def convert(
         only: which layers: a name, the name of a module above it, a pattern such as ``"layer4.*"``, a type, a
             sequence of these, or a predicate ``(name, layer) -> bool``. Default all.
         groups: of ``to="group"``: a number or ``num_features -> number``. Default
-            :func:`evenly.nn.create`'s.
+            :func:`evenly.nn.create`'s, and fewer where a group would hold fewer than 64 values of a sample.
         inplace: change ``model`` itself. Otherwise a copy is changed and ``model`` stays as it is, its buffers too.
 
     Returns:
@@ -139,6 +142,8 @@ def convert(
         finally:
             for module, mode in modes.items():
                 module.training = mode
+            for layer, old in job.made.items():
+                layer.train(modes[old])
     return result, report
 
 
@@ -159,6 +164,8 @@ class _Job:
         self.original, self.model, self.to, self.groups = original, model, to, groups
         self.batches, self.settings, self.report = batches, settings, report
         self.device = device
+        self.flow: Flow | None = None
+        self.made: dict[nn.Module, nn.Module] = {}  # new layer: the old one
         self.owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
         self.names: dict[nn.Module, str] = {}
         for name, module in model.named_modules():
@@ -172,6 +179,7 @@ class _Job:
         for s in sources:
             rows[s.module] = Row(s.name, describe(s.module), describe(s.module), None, "kept")
             self.report.rows.append(rows[s.module])
+        self.flow = flow
         todo = [s for s in sources if not self._keep(s, rows[s.module])]
         links = self._links(todo, flow)
         exact = self._centre(todo, flow)
@@ -187,7 +195,7 @@ class _Job:
                 replacement, is_exact = self._build(s, row, s.module in exact)
                 if is_exact:
                     exact.add(s.module)
-            _inherit(s, replacement, self.model)
+            self._inherit(s, replacement)
             new[s.module] = replacement
             if row.statistics == "kept":
                 row.statistics = "carried" if s.module in exact else "lost"
@@ -232,44 +240,38 @@ class _Job:
             row.note = "a pattern without one weight a channel"
             return True
         if self.to == source.kind:
-            same = self.to != "group" or self._groups(source) in (None, source.groups)
+            same = self.to != "group" or self.groups is None or self._groups(source) == source.groups
             if same:
                 row.note = f"is {source.kind} already"
             return same
         return False
 
     def _groups(self, source: Source) -> int | None:
-        return self.groups(source.num_features) if callable(self.groups) else self.groups
+        """The number of groups: as given, else :func:`evenly.nn.create`'s, less where a group would be too small.
+
+        A mean and a variance of a dozen values are noise: where the calibration data show that a group of an image
+        would hold fewer than 64, groups are made larger, down to two.
+        """
+        if self.groups is not None:
+            return self.groups(source.num_features) if callable(self.groups) else self.groups
+        calls = self.flow.calls(source.module) if self.flow is not None else []
+        if not calls or not calls[0].shape or source.channel_dim != 1:
+            return None
+        count, positions = source.num_features, math.prod(calls[0].shape[2:])
+        default = default_groups(count)
+        divisors = [g for g in range(default, 0, -1) if count % g == 0]
+        fitting = [g for g in divisors if count // g * positions >= _GROUP_VALUES or g <= 2]
+        return fitting[0]
 
     def _build(self, source: Source, row: Row, centred: bool) -> tuple[nn.Module, bool]:
         """The layer that takes the place of ``source``, with what can be carried, and whether it is exact."""
         to = self.to
-        tensor = next((t for t in source.tensors() if t.is_floating_point()), None)
-        if tensor is None:
-            tensor = next((t for t in self.model.parameters() if t.is_floating_point()), torch.zeros(()))
-        options: dict[str, Any] = {"device": tensor.device, "dtype": tensor.dtype}
-        if source.activation is not None:
-            options["activation"] = source.activation
+        options = layer_options(source, self.model)
         exact = source.stats is not None and to in _CONSTANT
-        if to == "none":
-            layer: Any = ChannelAffine(source.num_features, source.channel_dim, **options)
-        elif isinstance(to, str):
-            if to != "scale" and source.kind != "scale":
-                options["eps"] = source.eps
-            try:
-                layer = enn.create(
-                    to,
-                    source.num_features,
-                    channel_dim=source.channel_dim,
-                    num_groups=self._groups(source) if to == "group" else None,
-                    **options,
-                )
-            except ValueError as error:
-                raise ValueError(f"{source.name!r}: {error}") from error
+        if isinstance(to, str):
+            layer: Any = new_layer(source, to, self._groups(source) if to == "group" else None, options)
             shifts = source.bias is not None or source.stats is not None
-            lacks = isinstance(layer, enn.Norm) and layer.bias is None and layer.features == (source.num_features,)
-            if shifts and lacks:
-                layer.bias = nn.Parameter(torch.zeros(source.num_features, device=tensor.device, dtype=tensor.dtype))
+            if shifts and add_missing_bias(layer, source.num_features):
                 row.note = "with a bias"
         else:
             layer = to(source.num_features, source.module)
@@ -331,7 +333,7 @@ class _Job:
         scale_outputs(feeder, *source.constant_affine())
         row.statistics = "folded"
         row.note = f"into {self.names[feeder]}"
-        layer = _nothing(source)
+        layer = nothing(source)
         row.target = describe(layer)
         return layer
 
@@ -366,19 +368,39 @@ class _Job:
             if feeder is None or affine is None:
                 continue
             scale_outputs(feeder, affine.weight.detach(), affine.bias.detach())
-            layer = _nothing(s)
-            _inherit(s, layer, self.model)
+            layer = nothing(s)
+            self._inherit(s, layer)
             replaced[affine] = layer
             row.target, row.note = describe(layer), f"into {self.names[feeder]}"
             row.statistics = "folded" if s.stats is not None else "lost"
-        return _swap(model, replaced)
+        return swap(model, replaced)
+
+    def _inherit(self, source: Source, layer: nn.Module) -> None:
+        """Hooks and ``requires_grad`` of the layer that is replaced; its mode follows when the work is done."""
+        old = source.module
+        layer.eval()
+        self.made[layer] = old
+        for key in _HOOKS:
+            if getattr(old, key, None):
+                setattr(layer, key, getattr(old, key))
+        if getattr(old, "_backward_hooks", None) and hasattr(old, "_is_full_backward_hook"):
+            layer._is_full_backward_hook = old._is_full_backward_hook
+        own, every = list(old.parameters()), list(self.model.parameters())
+        if own:
+            wanted = any(p.requires_grad for p in own)
+        elif source.frozen:
+            wanted = False
+        else:
+            wanted = not every or any(p.requires_grad for p in every)
+        for p in layer.parameters():
+            p.requires_grad_(wanted)
 
     def _replace(self, new: dict[nn.Module, nn.Module]) -> nn.Module:
         for module in self.model.modules():
             if isinstance(module, nn.TransformerEncoderLayer) and (module.norm1 in new or module.norm2 in new):
                 # Its fast path in evaluation computes LayerNorm from norm1's parameters, whatever norm1 is.
                 module.activation_relu_or_gelu = 0
-        return _swap(self.model, new)
+        return swap(self.model, new)
 
     def _sites(
         self,
@@ -418,6 +440,38 @@ class _Job:
             if not flow.calls(s.module):
                 rows[s.module].note = "not called on the calibration data: parameters carried only"
         return sites
+
+
+def layer_options(source: Source, model: nn.Module) -> dict[str, Any]:
+    """Device, dtype and fused activation of the layer that takes the place of ``source``."""
+    tensor = next((t for t in source.tensors() if t.is_floating_point()), None)
+    if tensor is None:
+        tensor = next((t for t in model.parameters() if t.is_floating_point()), torch.zeros(()))
+    options: dict[str, Any] = {"device": tensor.device, "dtype": tensor.dtype}
+    if source.activation is not None:
+        options["activation"] = source.activation
+    return options
+
+
+def new_layer(source: Source, to: str, groups: int | None, options: dict[str, Any]) -> nn.Module:
+    """A fresh layer of the kind ``to`` for the input of ``source``, with its eps."""
+    if to == "none":
+        return ChannelAffine(source.num_features, source.channel_dim, **options)
+    if to != "scale" and source.kind != "scale":
+        options = options | {"eps": source.eps}
+    try:
+        return enn.create(to, source.num_features, channel_dim=source.channel_dim, num_groups=groups, **options)
+    except ValueError as error:
+        raise ValueError(f"{source.name!r}: {error}") from error
+
+
+def add_missing_bias(layer: nn.Module, count: int) -> bool:
+    """Give an evenly layer without a bias one: what it replaces had a shift. Whether it needed one."""
+    if not isinstance(layer, enn.Norm) or layer.bias is not None or layer.features != (count,):
+        return False
+    assert layer.weight is not None
+    layer.bias = nn.Parameter(torch.zeros_like(layer.weight))
+    return True
 
 
 def _check_model(model: Any) -> None:
@@ -513,7 +567,7 @@ def _copy(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _nothing(source: Source) -> nn.Module:
+def nothing(source: Source) -> nn.Module:
     """What stays where a layer is folded away: its activation and residual, if it has those."""
     if isinstance(source.module, (enn.Norm, enn.FrozenBatchNorm)):
         return enn.NoNorm(activation=source.activation)  # type: ignore[arg-type]
@@ -546,27 +600,7 @@ def _same_function(source: Source, layer: enn.Norm) -> bool:
     return own == groups
 
 
-def _inherit(source: Source, layer: nn.Module, model: nn.Module) -> None:
-    """Hooks, mode and ``requires_grad`` of the layer that is replaced."""
-    old = source.module
-    layer.training = old.training
-    for key in _HOOKS:
-        if getattr(old, key, None):
-            setattr(layer, key, getattr(old, key))
-    if getattr(old, "_backward_hooks", None) and hasattr(old, "_is_full_backward_hook"):
-        layer._is_full_backward_hook = old._is_full_backward_hook
-    own = list(old.parameters())
-    if own:
-        wanted = any(p.requires_grad for p in own)
-    elif source.frozen:
-        wanted = False
-    else:
-        wanted = any(p.requires_grad for p in model.parameters()) or not list(model.parameters())
-    for p in layer.parameters():
-        p.requires_grad_(wanted)
-
-
-def _swap(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
+def swap(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
     """Put new modules in the place of old ones, wherever they are registered."""
     if model in new:
         return new[model]

@@ -27,7 +27,7 @@ LINEAR = (nn.Linear, *_CONV, *_TRANSPOSED)
 _RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 
-def blocked(module: nn.Module, owners: dict[int, int], read_elsewhere: set[int]) -> str:
+def blocked(module: Any, owners: dict[int, int], read_elsewhere: set[int]) -> str:
     """Why the weights of a layer must not be changed; empty where they may be."""
     if not isinstance(module, LINEAR):
         return f"{type(module).__name__} is not a convolution or linear layer"
@@ -37,9 +37,10 @@ def blocked(module: nn.Module, owners: dict[int, int], read_elsewhere: set[int])
             "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'))"
         )
     base: Any = next(cls for cls in LINEAR if isinstance(module, cls))
-    same = type(module).forward is base.forward
+    cls: Any = type(module)
+    same = cls.forward is base.forward
     if same and hasattr(base, "_conv_forward"):
-        same = type(module)._conv_forward is base._conv_forward
+        same = cls._conv_forward is base._conv_forward
     if not same:
         return f"{type(module).__name__} has a forward of its own"
     if module._forward_hooks or module._forward_pre_hooks:

@@ -122,6 +122,8 @@ def measure_agreement(before: nn.Module, after: nn.Module, batches: Batches) -> 
         b = first_output(after(*args, **kwargs)).double()
         if a.shape != b.shape:
             raise ValueError(f"The converted model returns shape {tuple(b.shape)}, the original {tuple(a.shape)}.")
+        if a.ndim == 0:
+            a, b = a.view(1), b.view(1)
         if a.ndim >= 4:  # (N, classes, H, W)
             a, b = a.movedim(1, -1), b.movedim(1, -1)
         a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])

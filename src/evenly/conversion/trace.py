@@ -18,6 +18,8 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from evenly.conversion.linear import LINEAR
+
 __all__ = ["Flow", "Node", "run_flow", "symbolic_flow"]
 
 
@@ -29,6 +31,7 @@ class Node:
     module: nn.Module | None
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
+    shape: tuple[int, ...] = ()  # of the first input, where it is known
 
 
 @dataclass
@@ -75,7 +78,7 @@ class Flow:
         for call in calls:
             key = call.inputs[0]
             writers = self.writers.get(key, [])
-            if len(writers) != 1 or writers[0].module is None:
+            if len(writers) != 1 or not isinstance(writers[0].module, LINEAR):
                 last = writers[-1].name if writers else "the input of the model"
                 return None, f"its input comes from {last}, not from a convolution or linear layer"
             writer = writers[0]
@@ -127,7 +130,8 @@ def run_flow(model: nn.Module, leaves: Mapping[nn.Module, str], args: tuple[Any,
             read = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
             written = [t for t in tree_iter(out) if isinstance(t, Tensor)]
             flow.keep.append((read, written))
-            flow.add(Node(leaves[module], module, tuple(map(id, read)), tuple(map(id, written))))
+            shape = tuple(read[0].shape) if read else ()
+            flow.add(Node(leaves[module], module, tuple(map(id, read)), tuple(map(id, written)), shape))
 
     with contextlib.ExitStack() as stack:
         for module in leaves:
