@@ -247,6 +247,7 @@ class Plan:
     def scored(self, norm: str, batch_size: int, lr: float) -> list[TrialSettings]:
         """The scored trials of one cell, one a seed."""
         cell = replace(self.template, norm=norm, batch_size=batch_size, epochs=self.epochs[batch_size], lr=lr)
+        cell = replace(cell, code=_code(cell.model, norm))
         return [replace(cell, seed=seed) for seed in range(self.seeds)]
 
     def base_lr(self, batch_size: int) -> float:
@@ -300,7 +301,6 @@ def _plan(
                 f"{', '.join(wrong)} cannot normalize feature vectors; for model {model!r} known are "
                 f"{', '.join(recipes_for(kind))}"
             )
-    own = [path for path in (model, *names) if ":" in path]
     template = TrialSettings(
         norm=names[0],
         data=data,
@@ -328,12 +328,17 @@ def _plan(
         tune=tune if tune is not None else lr is None and not quick,
         metric=rank_by,
         resolution=1 / len(dataset.test_x),
-        template=replace(template, code=code_version(*own)),
+        template=replace(template, code=_code(model, names[0])),
         lr=lr,
         data_name=dataset.name,
         data_kind=dataset.kind,
         sizes=(len(dataset.train_x), len(dataset.test_x)),
     )
+
+
+def _code(model: str, norm: str) -> str:
+    # A user's own file counts for the trials that use it, and for no others.
+    return code_version(*(path for path in (model, norm) if ":" in path))
 
 
 def _epochs(samples: int, batch_size: int, quick: bool) -> int:

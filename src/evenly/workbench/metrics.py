@@ -308,7 +308,7 @@ def summarize(
     ranks = rank({arm.norm: arm.scores[metric] for arm in arms if arm.complete and arm.scores.get(metric)}, resolution)
     ranked = [_with_rank(arm, ranks.get(arm.norm)) for arm in arms]
 
-    def order(arm: Arm) -> tuple[int, float]:
+    def order(arm: Arm) -> tuple[float, float]:
         mean = arm.mean(metric)
         return math.inf if arm.rank is None else arm.rank, (-mean if math.isfinite(mean) else math.inf)
 
