@@ -33,6 +33,7 @@ from evenly.workbench.store import Store
 from evenly.workbench.trial import (
     TrialFailure,
     TrialSettings,
+    build_model,
     code_version,
 )
 from evenly.workbench.tune import choose, default_lr, grid
@@ -132,7 +133,7 @@ def compare(
         seeds: number of seeds, default 3.
         epochs: passes over the training set; default: as many as make 110 steps (quick: 88), at least 2, which
             leaves small data and large batches enough steps to learn anything.
-        lr: the learning rate, or the centre of the grid with ``tune=True``; default 0.01 * sqrt(batch size / 64).
+        lr: the learning rate, or the centre of the grid with ``tune=True``; default 0.02 * sqrt(batch size / 64).
         tune: search the learning rate of each normalization and batch size (see :mod:`evenly.workbench.tune`).
             ``None``: yes, unless ``lr`` or ``quick`` is given. A trial of the search takes at most 240 steps and is
             tested on nothing but its held-out fifth, so the whole search costs about as much as one seed.
@@ -317,9 +318,7 @@ def _plan(
         code="",
     )
     # Wrong models are refused here, before any process starts. What only one layer dislikes is a failed trial.
-    from evenly.workbench.trial import build_model
-
-    build_model(model, dataset.kind, tuple(dataset.train_x.shape[1:]), len(dataset.class_names), names[0])
+    build_model(model, dataset.kind, dataset.input_shape, dataset.num_classes, "none")
     return Plan(
         norms=names,
         batch_sizes=sizes,

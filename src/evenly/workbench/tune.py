@@ -5,7 +5,7 @@ size) is tried at every rate of the same small grid around the default, on the s
 four fifths of the training set, scored on the other fifth. The test set takes no part. The rate with the highest
 accuracy on the held-out fifth wins; of equals the one with the lower loss. Trials that diverged lose.
 
-The default rate is 0.01 at batch size 64, for AdamW, and grows with the square root of the batch size; the grid
+The default rate is 0.02 at batch size 64, for AdamW, and grows with the square root of the batch size; the grid
 multiplies it.
 """
 
@@ -30,12 +30,12 @@ TUNE_SEED = 1_000_000
 
 
 def default_lr(batch_size: int) -> float:
-    """The learning rate where none is given: 0.01 * sqrt(batch_size / 64).
+    """The learning rate where none is given: 0.02 * sqrt(batch_size / 64).
 
     >>> default_lr(64), default_lr(4)
-    (0.01, 0.0025)
+    (0.02, 0.005)
     """
-    return float(f"{0.01 * math.sqrt(batch_size / 64):.4g}")
+    return float(f"{0.02 * math.sqrt(batch_size / 64):.4g}")
 
 
 def grid(settings: TrialSettings, factors: Sequence[float] = GRID) -> list[TrialSettings]:
