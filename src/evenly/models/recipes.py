@@ -105,8 +105,8 @@ def recipe(norm: str | Recipe | Callable[[int], nn.Module]) -> Recipe:
 
     >>> recipe("group+ws").layer
     'group'
-    >>> recipe("torch.nn:BatchNorm2d").build(3)
-    BatchNorm2d(3, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+    >>> recipe("torch.nn:BatchNorm2d").build(3).num_features
+    3
     """
     if isinstance(norm, Recipe):
         return norm
