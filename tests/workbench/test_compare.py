@@ -287,3 +287,21 @@ def test_killed_and_started_again_it_loses_and_repeats_nothing(tmp_path: Path) -
     assert all(tries == 1 for _, _, _, tries, _ in after.values())
     assert {run for _, _, run, _, _ in after.values()} == {1, 2}
     assert (tmp_path / "report.html").exists()
+
+
+def test_a_script_without_a_main_guard(tmp_path: Path) -> None:
+    script = tmp_path / "mine.py"
+    script.write_text(
+        "from evenly.workbench import compare\n"
+        "print('begun')\n"
+        "done = compare(['layer'], data='wine', batch_sizes=[16], seeds=1, epochs=1, tune=False, workers=1)\n"
+        "print(len(done.trials), 'trials')\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("begun") == 1
+    assert "1 trials" in done.stdout
+    assert (tmp_path / "evenly-compare" / "report.html").exists()

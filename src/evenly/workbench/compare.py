@@ -16,6 +16,7 @@ import importlib
 import math
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -119,8 +120,6 @@ def compare(
     command: str | None = None,
 ) -> Comparison:
     """Compare normalizations by training with each of them.
-
-    In a script, call it under ``if __name__ == "__main__":``, since the worker processes import the script.
 
     Args:
         norms: names in :data:`evenly.models.RECIPES`, or ``"module:attribute"`` paths to your own; ``None``: every
@@ -273,6 +272,9 @@ def _plan(
 ) -> Plan:
     from evenly.models import recipe, recipes_for
 
+    here = str(Path.cwd())
+    if any(":" in path for path in (model or "", *(norms or ()))) and not {"", here} & set(sys.path):
+        sys.path.insert(0, here)  # as `python -m` does: a user's file beside them
     if rank_by not in METRICS:
         raise ValueError(f"cannot rank by {rank_by!r}: known are {', '.join(METRICS)}")
     if rank_by == "ood" and ood is None:
