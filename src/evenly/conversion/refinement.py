@@ -98,6 +98,7 @@ def chosen_parameters(
     return chosen
 
 
+@torch.enable_grad()
 def refine(
     original: nn.Module,
     model: nn.Module,
