@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 
 import pytest
@@ -659,7 +660,7 @@ def test_channel_fit_does_not_depend_on_the_batches(cuts, offset, dead):
     t = 3 * (z - offset) + 1 + 0.1 * noise
     fit = ChannelFit(1)
     edges = sorted({0, *cuts, 40})
-    for a, b in zip(edges, edges[1:], strict=False):
+    for a, b in itertools.pairwise(edges):
         fit.update(z[a:b], t[a:b])
     scale, shift = fit.solve(torch.full((3,), 7.0), shrink=1e-12)
     for c in range(3):
