@@ -213,8 +213,8 @@ class Norm(nn.Module):
         """Move the running statistics towards those of this batch; the variance unbiased."""
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            return  # recomputed inside a backward pass (activation checkpointing): it was counted already
+        if recomputing():
+            return  # it was counted already
         mean, var, count = measured.mean.detach(), measured.var.detach(), measured.count
         if count.numel() == 0:
             return
@@ -289,6 +289,11 @@ def check_positive(layer: str, **sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{layer} got {name}={size}, expected a positive number.")
+
+
+def recomputing() -> bool:
+    """Whether this forward pass runs inside a backward pass, as activation checkpointing does."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def check_axis(x: Tensor, axis: int, size: int, layer: str, minimum: int = 2) -> None:
