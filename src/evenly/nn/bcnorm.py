@@ -149,14 +149,15 @@ class EstBatchNorm(nn.Module):
         if self.sync:
             batch = sync_moments(batch, self.process_group)
         old_mean, old_var = self.running_mean.to(batch.mean.dtype), self.running_var.to(batch.mean.dtype)
-        speed = torch.where(batch.count > 0, self.moving_speed.to(batch.mean.dtype), 0.0)
+        speed = self.moving_speed.to(batch.mean.dtype)
         about_old = batch.var + (batch.mean - old_mean).square()
-        mean, var = torch.lerp(old_mean, batch.mean, speed), torch.lerp(old_var, about_old, speed)
+        some = batch.count > 0
+        mean = torch.where(some, torch.lerp(old_mean, batch.mean, speed), old_mean)
+        var = torch.where(some, torch.lerp(old_var, about_old, speed), old_var)
         self.running_mean.copy_(mean)
         self.running_var.copy_(var)
         self.num_batches_tracked.add_(1)
-        # What was stored, so that evaluation gives the same; a copy, since the buffers will move again.
-        return self.running_mean.clone(), self.running_var.clone()
+        return mean, var
 
     def extra_repr(self) -> str:
         parts = [f"{self.num_features}, eps={self.eps:g}, affine={self.affine}"]

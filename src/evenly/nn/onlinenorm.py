@@ -75,7 +75,7 @@ class OnlineNorm(nn.Module):
 
     Raises:
         ValueError: alpha outside (0, 1); negative eps; ``clamp_value`` not positive; an unknown guard; a
-            ``group_size`` that does not divide C; a wrong number of axes or channels; samples without positions.
+            ``group_size`` that does not divide C; a wrong number of axes or channels.
         RuntimeError: a second derivative, which this backward pass does not have.
 
     Buffers: ``running_mean`` (0), ``running_var`` (1), and the controllers ``ctrl_u``, ``ctrl_v`` (0), each (C,).
@@ -184,8 +184,6 @@ class OnlineNorm(nn.Module):
         if not self.training:
             return self._guard(self._evaluate(x))
         if x.numel() == 0:
-            if x.shape[0]:
-                raise PatternError(f"{name} needs positions in every sample, got an input of shape {tuple(x.shape)}.")
             return self._evaluate(x)
         scaling = self.guard == "layer_scaling"
         call = _Settings(

@@ -163,7 +163,7 @@ class PowerNormV(nn.Module):
         square, count = self._mean_square(x, keep)
         with torch.no_grad():
             if not recomputing():
-                self.iters.add_(1)
+                self.iters.add_(count > 0)
                 new = self.running_phi + (1 - self.alpha_fwd) * (square - self.running_phi)
                 self.running_phi.copy_(torch.where(count > 0, new, self.running_phi))
         return self._scale_by(x, square)
@@ -335,7 +335,7 @@ class PowerNorm(PowerNormV):
             # The backward pass counts padding, whose mean square differs from that of the tokens.
             total, positions = (square, count) if keep is None else self._mean_square(x, None)
             if not recomputing():
-                self.iters.add_(1)
+                self.iters.add_(count > 0)
                 self.phi_before.copy_(self.running_phi)
                 self._advance(square, count)
             warm = (self.iters <= self.warmup_iters) & (count > 0)
@@ -353,7 +353,7 @@ class PowerNorm(PowerNormV):
 
     def _advance(self, square: Tensor, count: Tensor) -> None:
         old = self.running_phi.to(square.dtype)
-        average = old + (square - old) / self.iters  # (old (t - 1) + square) / t
+        average = old + (square - old) / self.iters.clamp(min=1)  # (old (t - 1) + square) / t
         new = torch.where(self.iters < self.warmup_iters, average, old)
         new = new + (1 - self.alpha_fwd) * (square - new)
         self.running_phi.copy_(torch.where(count > 0, new, old))
