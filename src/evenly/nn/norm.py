@@ -296,6 +296,15 @@ def recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+def refuse_second_derivative(layer: str) -> None:
+    """To be called first in a backward pass that is not the derivative of a function, and so has none itself."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{layer} in training has no second derivative: its backward pass is no derivative, and moves its state. "
+            f"Call backward() or grad() without create_graph=True, or put the layer in eval()."
+        )
+
+
 def check_axis(x: Tensor, axis: int, size: int, layer: str, minimum: int = 2) -> None:
     """One clear error where an input does not have the channels that a layer was made for."""
     if x.ndim < minimum:

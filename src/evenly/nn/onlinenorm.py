@@ -46,7 +46,7 @@ from torch import Tensor, nn
 from evenly.core import PatternError, normalize
 from evenly.core.kernels.reference import accumulate_dtype
 from evenly.core.patterns import product
-from evenly.nn.norm import check_axis, recomputing
+from evenly.nn.norm import check_axis, recomputing, refuse_second_derivative
 
 __all__ = ["OnlineNorm", "OnlineNorm1d", "OnlineNorm2d", "OnlineNorm3d"]
 
@@ -343,8 +343,8 @@ class _OnlineFunction(torch.autograd.Function):
         return y.to(x.dtype), mean_after, var_after
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("OnlineNorm")
         x, weight, m, s, inverse, offset, gain, shift, unguard = ctx.saved_tensors
         (bias_dtype,), (ctrl_u, ctrl_v), call = ctx.dtypes, ctx.controllers, ctx.call
         layout, small, rate = call.layout, m.dtype, 1 - call.alpha_bkw

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from evenly.core import PatternError, normalize
 from evenly.core.kernels.reference import accumulate_dtype
-from evenly.nn.norm import check_axis, recomputing
+from evenly.nn.norm import check_axis, recomputing, refuse_second_derivative
 
 __all__ = ["GroupScaling", "PowerNorm", "PowerNormV", "fold_into_linear"]
 
@@ -461,8 +461,8 @@ class _PowerFunction(torch.autograd.Function):
         )
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("PowerNorm")
         x, weight, phi, phi_back, total, positions = ctx.saved_tensors
         call, state = ctx.call, ctx.state
         dims = _all_but(call.channel_dim, x.ndim)
