@@ -39,7 +39,7 @@ SIDES: dict[str, tuple[bool, Callable[[], nn.Module]]] = {
     "GN+WS": (True, lambda: evenly.nn.GroupNorm(GROUPS, CHANNELS)),
     "BCN+WS": (True, lambda: evenly.nn.BCNorm(CHANNELS, GROUPS, estimate=True, moving_speed=SPEED)),
 }
-ARMS = {
+ARMS: dict[str, dict[str, Any]] = {
     f"{'tune ' if tune else ''}{side} lr={rate:g}": {"side": side, "rate": rate, "tune": tune}
     for tune in (True, False)
     for side in SIDES

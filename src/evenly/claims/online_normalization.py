@@ -38,7 +38,7 @@ SIDES: dict[str, tuple[int, Callable[[int], nn.Module]]] = {
     # with alpha_bkw at 1 nothing is ever subtracted from the gradient
     "no control": (1, lambda c: evenly.nn.OnlineNorm1d(c, alpha_bkw=1 - 1e-12)),
 }
-ARMS = {
+ARMS: dict[str, dict[str, Any]] = {
     f"{'tune ' if tune else ''}{side} lr={rate:g}": {"side": side, "rate": rate, "tune": tune}
     for tune in (True, False)
     for side in SIDES

@@ -296,6 +296,27 @@ def recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+def slices(x: Tensor) -> int:
+    """How many rows of the first axis to work on at a time.
+
+    On a CPU, temporary values of a slice stay in its cache; elsewhere there is one slice.
+    """
+    if x.device.type != "cpu" or x.numel() <= 1 << 18 or torch.compiler.is_compiling():
+        return max(1, x.shape[0])
+    return max(1, (x.shape[0] << 18) // x.numel())
+
+
+def sum_of_products(a: Tensor, b: Tensor, dims: Sequence[int]) -> Tensor:
+    """``(a * b).sum(dims)`` for axes counted from the front, in :func:`slices`."""
+    if not dims:
+        return a * b
+    rows = slices(a)
+    if rows >= a.shape[0] or (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)):
+        return (a * b).sum(list(dims))
+    parts = [(u * v).sum(list(dims)) for u, v in zip(a.split(rows), b.split(rows), strict=True)]
+    return torch.stack(parts).sum(0) if 0 in dims else torch.cat(parts)
+
+
 def refuse_second_derivative(layer: str) -> None:
     """To be called first in a backward pass that is not the derivative of a function, and so has none itself."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():

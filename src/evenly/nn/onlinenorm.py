@@ -21,8 +21,9 @@ After it come weight and bias, and a guard against activations that run away whi
 All four recursions are linear: :math:`μ, σ^2, u` with a constant coefficient, :math:`v` with the coefficient
 :math:`1 - (1 - α_b) \overline{y_t^2}`. They need only the moments of each sample and channel, so that a batch of N
 samples costs what batch normalization costs (one reduction and one map each way; layer scaling is part of both)
-plus scans over (N, C) numbers. A scan is exact: blocks of about :math:`\sqrt{N/2}` samples advance together and
-their carries are chained, O(N C) work in O(√N) steps, with products of coefficients and no division.
+plus scans over (N, C) numbers. A scan is exact: it advances blocks of samples together and chains their carries, with
+products of coefficients and no division. The scan of :math:`v` is O(N C) work in O(√N) steps; those with a constant
+coefficient are O(64 N C) work in O(N/64) steps. On (N, C) inputs, without positions, the scans are all of the cost.
 
 Reference:
     Vitaliy Chiley, Ilya Sharapov, Atli Kosson, Urs Köster, Ryan Reece, Sofía Samaniego de la Fuente, Vishal Subbiah
@@ -36,8 +37,9 @@ Where the paper and its released code differ:
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -46,7 +48,7 @@ from torch import Tensor, nn
 from evenly.core import PatternError, normalize
 from evenly.core.kernels.reference import accumulate_dtype
 from evenly.core.patterns import product
-from evenly.nn.norm import check_axis, recomputing, refuse_second_derivative
+from evenly.nn.norm import check_axis, recomputing, refuse_second_derivative, slices, sum_of_products
 
 __all__ = ["OnlineNorm", "OnlineNorm1d", "OnlineNorm2d", "OnlineNorm3d"]
 
@@ -313,7 +315,7 @@ class _OnlineFunction(torch.autograd.Function):
         ctrl_v: Tensor,
         call: _Settings,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        small = _small_dtype(x)
+        small = _small_dtype(x, call.layout)
         rate, layout = 1 - call.alpha_fwd, call.layout
         d, m, s = _sample_moments(x, layout)
         m, s = m.to(small), s.to(small)
@@ -349,12 +351,13 @@ class _OnlineFunction(torch.autograd.Function):
         (bias_dtype,), (ctrl_u, ctrl_v), call = ctx.dtypes, ctx.controllers, ctx.call
         layout, small, rate = call.layout, m.dtype, 1 - call.alpha_bkw
         g = grad.to(accumulate_dtype(x.dtype))
-        d = None
+        rows = slices(x)
         if layout.positions == 1:
             mean_g, mean_gd = g.reshape(m.shape).to(small), torch.zeros_like(m)
         else:
-            d = x.to(g.dtype) - m.to(g.dtype).view(layout.shape)
-            mean_g, mean_gd = g.mean(layout.dims).to(small), (g * d).mean(layout.dims).to(small)
+            mean_g = g.mean(layout.dims).to(small)
+            pairs = zip(_centred(x, m, layout, rows), g.split(rows), strict=True)
+            mean_gd = torch.cat([(d * part).mean(layout.dims) for d, part in pairs]).to(small)
         # y = inverse * d + offset, so that the mean of y' y is that of g d and g
         mean_gy = inverse * mean_gd + offset * mean_g
         along = None
@@ -383,8 +386,11 @@ class _OnlineFunction(torch.autograd.Function):
                 along_d = along_d + gain * along * gain
                 constant = constant + gain * along * shift
             dx = g * gain.to(g.dtype).view(layout.shape)
-            if d is not None:
-                dx.addcmul_(d, -along_d.to(g.dtype).view(layout.shape))
+            if layout.positions > 1:
+                along_d = -along_d.to(g.dtype).view(layout.shape)
+                parts = zip(dx.split(rows), _centred(x, m, layout, rows), along_d.split(rows), strict=True)
+                for part, d, factor in parts:
+                    part.addcmul_(d, factor)
             dx = dx.sub_(constant.to(g.dtype).view(layout.shape)).to(x.dtype)
         return dx, dweight, dbias, None, None, None, None, None
 
@@ -397,7 +403,14 @@ def _sample_moments(x: Tensor, layout: _Layout) -> tuple[Tensor | None, Tensor, 
         return None, m, torch.zeros_like(m)
     m = v.mean(layout.dims)
     d = v - m.view(layout.shape)
-    return d, m, d.square().mean(layout.dims)
+    return d, m, sum_of_products(d, d, layout.dims) / layout.positions
+
+
+def _centred(x: Tensor, m: Tensor, layout: _Layout, rows: int) -> Iterator[Tensor]:
+    """``x - m`` of so many samples at a time, as it is needed."""
+    m = m.to(accumulate_dtype(x.dtype)).view(layout.shape)
+    for values, means in zip(x.split(rows), m.split(rows), strict=True):
+        yield values.to(m.dtype) - means
 
 
 def _in_groups(values: Tensor, size: int) -> Tensor:
@@ -410,34 +423,49 @@ def _scan(a: Tensor | float, b: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     """The recursion ``h_t = a_t h_{t-1} + b_t`` along the first axis: the states before each step, and the last.
 
     Blocks of rows advance side by side, each from 0 and each with the product of its coefficients; then the state
-    at the start of each block is carried from block to block, and added in.
+    at the start of each block is carried from block to block, and added in. With a constant coefficient a block is
+    one product with the lower-triangular matrix of its powers.
     """
     steps, width = b.shape
-    length = max(1, math.isqrt((steps + 1) // 2))
+    length = max(1, math.isqrt((steps + 1) // 2)) if isinstance(a, Tensor) else min(steps, 64)
     blocks = -(-steps // length)
     short = blocks * length - steps
     rows = torch.nn.functional.pad(b, (0, 0, 0, short)) if short else b
-    sums = list(rows.view(blocks, length, width).unbind(1))
     if isinstance(a, Tensor):
-        factors = torch.nn.functional.pad(a, (0, 0, 0, short), value=1.0) if short else a
-        products = list(factors.view(blocks, length, width).unbind(1))
+        rows = rows if short else rows.clone()
+        factors = torch.nn.functional.pad(a, (0, 0, 0, short), value=1.0) if short else a.clone()
+        sums, products = rows.view(blocks, length, width), factors.view(blocks, length, width)
         for row in range(1, length):
-            sums[row] = torch.addcmul(sums[row], products[row], sums[row - 1])
-            products[row] = products[row] * products[row - 1]
-        spread = torch.stack(products, 1)
+            sums[:, row].addcmul_(products[:, row], sums[:, row - 1])
+            products[:, row].mul_(products[:, row - 1])
     else:
-        for row in range(1, length):
-            sums[row] = torch.add(sums[row], sums[row - 1], alpha=a)
-        spread = torch.tensor([a ** (row + 1) for row in range(length)], dtype=b.dtype, device=b.device)
-        spread = spread.view(1, length, 1).expand(blocks, length, 1)
-    carried = [start]
-    for block in range(blocks - 1):
-        carried.append(torch.addcmul(sums[-1][block], spread[block, -1], carried[-1]))
-    states = torch.addcmul(torch.stack(sums, 1), spread, torch.stack(carried).unsqueeze(1))
-    states = states.reshape(blocks * length, width)
+        # float64 where there is: no device rounds its products to fewer digits, and autocast leaves it alone
+        dtype = torch.float32 if b.device.type == "mps" else torch.float64
+        powers = (_fresh_powers if torch.compiler.is_compiling() else _powers)(a, length, dtype, b.device)
+        sums = (powers @ rows.to(dtype).view(blocks, length, width)).to(b.dtype)
+        products = (a * powers[:, :1]).to(b.dtype).expand(blocks, length, 1)
+    if blocks == 1:
+        states = torch.addcmul(sums[0], products[0], start)
+    else:
+        carried = [start]
+        for block in range(blocks - 1):
+            carried.append(torch.addcmul(sums[block, -1], products[block, -1], carried[-1]))
+        states = sums.addcmul_(products, torch.stack(carried).unsqueeze(1)).view(blocks * length, width)
     return torch.cat([start.unsqueeze(0), states[: steps - 1]]), states[steps - 1]
 
 
-def _small_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of numbers of which there is one a sample and channel."""
-    return torch.float32 if x.device.type == "mps" else torch.float64
+def _fresh_powers(a: float, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``a ** (i - j)`` at row i and column j <= i, else 0."""
+    at = torch.arange(length, dtype=dtype, device=device)
+    exponents = at.unsqueeze(1) - at
+    return torch.pow(a, exponents.clamp(min=0)).tril()
+
+
+_powers = functools.lru_cache(maxsize=256)(_fresh_powers)
+
+
+def _small_dtype(x: Tensor, layout: _Layout) -> torch.dtype:
+    """The dtype of numbers of which there is one a sample and channel: float64 where they are few."""
+    if layout.positions == 1 or x.device.type == "mps":
+        return accumulate_dtype(x.dtype)
+    return torch.float64

@@ -30,7 +30,7 @@ Where the paper and its released code differ:
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from evenly.core import PatternError, normalize
 from evenly.core.kernels.reference import accumulate_dtype
-from evenly.nn.norm import check_axis, recomputing, refuse_second_derivative
+from evenly.nn.norm import check_axis, recomputing, refuse_second_derivative, sum_of_products
 
 __all__ = ["GroupScaling", "PowerNorm", "PowerNormV", "fold_into_linear"]
 
@@ -195,7 +195,7 @@ class PowerNormV(nn.Module):
         else:
             count = keep.sum().to(v.dtype)
             v = torch.where(keep, v, v.new_zeros(()))
-        total = v.square().sum(dims) if dims else v.square()
+        total = sum_of_products(v, v, dims)
         if self.sync:
             total, count = _AllReduce.apply(total, count, self.process_group)
         return total / count.clamp(min=1), count
@@ -342,7 +342,6 @@ class PowerNorm(PowerNormV):
             phi = torch.where(warm, square, self.phi_before.to(square.dtype))
             phi_back = None if self.backward_scale == "running" else torch.where(count > 0, square, phi)
         call = _Settings(
-            self.pattern,
             self.channel_dim,
             self.eps,
             1 - self.alpha_bkw,
@@ -415,16 +414,14 @@ def fold_into_linear(norm: PowerNormV, linear: nn.Linear) -> nn.Linear:
     return folded.train(linear.training)
 
 
-class _Settings:
+class _Settings(NamedTuple):
     """What the two passes need to know besides tensors."""
 
-    def __init__(self, pattern: str, channel_dim: int, eps: float, rate: float, sync: bool, process_group: Any) -> None:
-        self.pattern = pattern
-        self.channel_dim = channel_dim
-        self.eps = eps
-        self.rate = rate  # 1 - alpha_bkw
-        self.sync = sync
-        self.process_group = process_group
+    channel_dim: int
+    eps: float
+    rate: float  # 1 - alpha_bkw
+    sync: bool
+    process_group: Any
 
 
 class _PowerFunction(torch.autograd.Function):
@@ -448,17 +445,13 @@ class _PowerFunction(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.state = state  # not saved: it moves between the passes
         ctx.call = call
-        return normalize(
-            x,
-            call.pattern,
-            center=False,
-            scale="rms",
-            eps=call.eps,
-            stats=(None, phi),
-            weight=weight,
-            bias=bias,
-            affine="c",
-        )
+        shape = [-1 if axis == call.channel_dim % x.ndim else 1 for axis in range(x.ndim)]
+        v, scale = x.to(phi.dtype), (phi + call.eps).rsqrt()
+        if weight is not None:
+            scale = scale * weight.to(phi.dtype)
+        if bias is None:
+            return (v * scale.view(shape)).to(x.dtype)
+        return torch.addcmul(bias.to(phi.dtype).view(shape), v, scale.view(shape)).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -469,8 +462,7 @@ class _PowerFunction(torch.autograd.Function):
         shape = [-1 if axis == call.channel_dim % x.ndim else 1 for axis in range(x.ndim)]
         v, g = x.to(phi.dtype), grad.to(phi.dtype)
         inverse = (phi + call.eps).rsqrt()
-        products = g * v
-        dots = (products.sum(dims) if dims else products) * inverse  # sum of dy x̂
+        dots = sum_of_products(g, v, dims) * inverse  # sum of dy x̂
         gz = dots if weight is None else dots * weight.to(phi.dtype)
         if call.sync:
             gz = gz.clone()
@@ -483,7 +475,7 @@ class _PowerFunction(torch.autograd.Function):
             back = inverse if phi_back is None else (phi_back + call.eps).rsqrt()
             gain = back if weight is None else back * weight.to(phi.dtype)
             # g * gain - x * nu * inverse * back
-            dx = torch.addcmul(g * gain.view(shape), v, (-nu * inverse * back).view(shape)).to(x.dtype)
+            dx = (g * gain.view(shape)).addcmul_(v, (-nu * inverse * back).view(shape)).to(x.dtype)
         state.copy_(torch.where(positions > 0, old + gz / count - nu * total * inverse.square(), old))
         dweight = dots.to(weight.dtype) if weight is not None and ctx.needs_input_grad[1] else None
         dbias = None
