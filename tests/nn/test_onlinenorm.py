@@ -291,3 +291,18 @@ def test_wrong_arguments():
 def test_by_name():
     assert create("online", 8)(torch.randn(2, 8, 3, 3)).shape == (2, 8, 3, 3)
     assert create("online", 8, channel_dim=-1).channel_dim == -1
+
+
+def test_slices_change_nothing():
+    """Large inputs are worked on in slices of the batch; small ones are not."""
+    x, grad = torch.randn(40, 8, 36, 36), torch.randn(40, 8, 36, 36)  # 414720 values
+    whole = OnlineNorm2d(8, 0.9, 0.9)
+    parts = copy.deepcopy(whole)
+    leaf = x.clone().requires_grad_()
+    whole(leaf).backward(grad)
+    for a, b, c in zip(x.split(8), grad.split(8), leaf.grad.split(8), strict=True):
+        small = a.clone().requires_grad_()
+        parts(small).backward(b)
+        torch.testing.assert_close(small.grad, c, rtol=1e-4, atol=1e-5)
+    for p, q in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-3)
