@@ -25,7 +25,7 @@ class Cols {
 
   int forward() {
     if (!parameters()) return NO_MEMORY;
-    raw = !p.center && (p.scale == SCALE_RMS || p.scale == SCALE_L2) && !p.mean_out;
+    raw = is_raw(p);
     const bool measure = !p.given, affects = p.y != nullptr;
     const int64_t threads = total < PARALLEL ? 1 : thread_count();
     std::atomic<int> status{OK};
@@ -432,6 +432,8 @@ class Cols {
         return reduce_rows<SIGN_BITS>(k0, from, many, c, s, q, width);
       case RELU:
         return reduce_rows<RELU>(k0, from, many, c, s, q, width);
+      case RELU_RES:
+        return reduce_rows<RELU_RES>(k0, from, many, c, s, q, width);
       case SILU:
         return reduce_rows<SILU>(k0, from, many, c, s, q, width);
       case GELU:

@@ -221,6 +221,12 @@ int64_t bits_bytes(const Problem& p) {
   return p.K0 * p.R0 * p.K1 * g.nseg * g.bits_row;
 }
 
+int64_t bits_row(const Problem& p) {
+  Geometry g;
+  if (!plan(p, g)) return -1;
+  return g.cols ? g.width : g.seg;
+}
+
 // Weight or bias in the accumulation type, each value repeated wdiv times where repeat is set.
 template <class A>
 struct Parameters {
@@ -261,12 +267,20 @@ struct Parameters {
 
 // ---- from moments to what the loops need ----------------------------------------------------------------------
 
-// The smallest scale of a norm.
+// A norm of zero, where eps is zero too, divides by this.
 template <class A>
-inline double norm_floor(const Problem& p) {
-  const double tiny = sizeof(A) == 4 ? std::sqrt(1.1754943508222875e-38) : std::sqrt(2.2250738585072014e-308);
-  return p.eps > tiny ? p.eps : tiny;
+inline double norm_of_zero() {
+  return sizeof(A) == 4 ? std::sqrt(1.1754943508222875e-38) : std::sqrt(2.2250738585072014e-308);
 }
+
+// A norm at its floor is a constant: no gradient flows through it.
+template <class A>
+inline bool at_floor(const Problem& p, double r) {
+  return r >= static_cast<A>(1 / (p.eps > 0 ? p.eps : norm_of_zero<A>()));
+}
+
+// Squares about zero rather than about the mean.
+inline bool is_raw(const Problem& p) { return !p.center && p.scale != SCALE_STD; }
 
 // (x - mean)/s = (x - m) * r + c;  y before the affine parameters adds shift: the mean that was not taken out.
 struct Stat {
@@ -291,8 +305,8 @@ inline void finish(const Problem& p, int64_t k, const Moments& raw_moments, bool
   double r = 1;
   if (p.scale == SCALE_STD || p.scale == SCALE_RMS) r = 1 / std::sqrt(var + p.eps);
   if (p.scale == SCALE_L2) {
-    const double norm = std::sqrt(mo.m2), floor = norm_floor<A>(p);
-    r = 1 / (norm < floor ? floor : norm);
+    const double norm = std::sqrt(mo.m2);
+    r = 1 / (norm < p.eps ? p.eps : norm == 0 ? norm_of_zero<A>() : norm);
   }
   const bool uses_mean = p.center || (p.scale == SCALE_STD && !raw);
   const A high = static_cast<A>(uses_mean ? mo.mean : 0);
@@ -336,7 +350,7 @@ inline Back back_of(const Problem& p, int64_t k, double n, double sum, double su
     const double left = n - p.correction;
     double slope = 0;
     if (p.scale == SCALE_STD || p.scale == SCALE_RMS) slope = 1 / left;
-    if (p.scale == SCALE_L2) slope = s.r >= static_cast<A>(1 / norm_floor<A>(p)) ? 0 : 1;
+    if (p.scale == SCALE_L2) slope = at_floor<A>(p, s.r) ? 0 : 1;
     const double sum_v = s.r * sum_d + (s.c + s.shift) * sum;
     b = slope == 0 ? 0 : -s.r * sum_v * slope;
     if (p.center) c = -s.r * sum / n;
@@ -430,7 +444,7 @@ ApplyFn<T> pick_apply(int act, bool res, bool bits) {
 // ---- backward along a run -------------------------------------------------------------------------------------
 // How the gradient before the activation is found. PARKED: the first pass left it where the second finds it.
 
-enum { PLAIN = 0, SIGN_BITS = 1, RELU = 2, SILU = 3, GELU = 4, SILU_RES = 5, GELU_RES = 6, PARKED = 7 };
+enum { PLAIN = 0, SIGN_BITS = 1, RELU = 2, RELU_RES = 3, SILU = 4, GELU = 5, SILU_RES = 6, GELU_RES = 7, PARKED = 8 };
 
 template <class T, int KIND, int MODE>
 EVENLY_INLINE typename Tr<T>::V gradient(const Run<T>& run, const typename Tr<T>::A* park, typename Tr<T>::V x,
@@ -449,9 +463,9 @@ EVENLY_INLINE typename Tr<T>::V gradient(const Run<T>& run, const typename Tr<T>
   }
   if constexpr (KIND >= RELU && KIND < PARKED) {
     V v = before<MODE, T>(x, k, i, left);
-    if constexpr (KIND == SILU_RES || KIND == GELU_RES)
+    if constexpr (KIND == RELU_RES || KIND == SILU_RES || KIND == GELU_RES)
       v += take(run.residual + i, left);
-    constexpr int ACT = KIND == RELU ? ACT_RELU : (KIND == SILU || KIND == SILU_RES) ? ACT_SILU : ACT_GELU;
+    constexpr int ACT = KIND == RELU || KIND == RELU_RES ? ACT_RELU : (KIND == SILU || KIND == SILU_RES) ? ACT_SILU : ACT_GELU;
     return activate_backward<ACT>(g, v);
   }
   return g;
@@ -545,7 +559,7 @@ template <class T, int MODE>
 ReduceFn<T> pick_reduce(int kind) {
   static constexpr ReduceFn<T> table[] = {
       reduce_run<T, PLAIN, MODE>, reduce_run<T, SIGN_BITS, MODE>, reduce_run<T, RELU, MODE>,
-      reduce_run<T, SILU, MODE>,  reduce_run<T, GELU, MODE>,      reduce_run<T, SILU_RES, MODE>,
+      reduce_run<T, RELU_RES, MODE>, reduce_run<T, SILU, MODE>,  reduce_run<T, GELU, MODE>,      reduce_run<T, SILU_RES, MODE>,
       reduce_run<T, GELU_RES, MODE>};
   return table[kind];
 }
@@ -553,7 +567,7 @@ template <class T, int MODE>
 BackFn<T> pick_back(int kind) {
   static constexpr BackFn<T> table[] = {
       apply_back<T, PLAIN, MODE>, apply_back<T, SIGN_BITS, MODE>, apply_back<T, RELU, MODE>,
-      apply_back<T, SILU, MODE>,  apply_back<T, GELU, MODE>,      apply_back<T, SILU_RES, MODE>,
+      apply_back<T, RELU_RES, MODE>, apply_back<T, SILU, MODE>,  apply_back<T, GELU, MODE>,      apply_back<T, SILU_RES, MODE>,
       apply_back<T, GELU_RES, MODE>, apply_back<T, PARKED, MODE>};
   return table[kind];
 }
@@ -561,7 +575,7 @@ BackFn<T> pick_back(int kind) {
 inline int kind_of(const Problem& p) {
   switch (p.act) {
     case ACT_RELU:
-      return p.relu_bits ? SIGN_BITS : RELU;
+      return p.relu_bits ? SIGN_BITS : p.residual ? RELU_RES : RELU;
     case ACT_SILU:
       return p.residual ? SILU_RES : SILU;
     case ACT_GELU:
@@ -629,6 +643,7 @@ int backward(const Problem& p) {
 }  // namespace EVENLY_ISA
 
 extern const Kernels EVENLY_TABLE;
-const Kernels EVENLY_TABLE = {EVENLY_ISA::forward, EVENLY_ISA::backward, EVENLY_ISA::bits_bytes};
+const Kernels EVENLY_TABLE = {EVENLY_ISA::forward, EVENLY_ISA::backward, EVENLY_ISA::bits_bytes,
+                              EVENLY_ISA::bits_row};
 
 }  // namespace evenly

@@ -57,6 +57,14 @@ int64_t bytes_of(const Problem& p) {
   return p.K0 * p.R0 * p.K1 * p.R1 * size;
 }
 
+// Statistics that nobody keeps.
+struct Scratch {
+  alignas(64) char here[4096];
+  void* heap = nullptr;
+  void* take(size_t bytes) { return bytes <= sizeof(here) ? here : (heap = std::malloc(bytes)); }
+  ~Scratch() { std::free(heap); }
+};
+
 template <class P>
 P* at(uintptr_t address) {
   return reinterpret_cast<P*>(address);
@@ -85,6 +93,12 @@ struct Layout {
     q.bits = at<uint8_t>(bits);
     q.relu_bits = p.relu_bits && bits;
     q.mean_in = at<void>(mean_in), q.var_in = at<void>(var_in);
+    Scratch scratch;
+    if (!stats) {
+      const size_t many = static_cast<size_t>(3 * p.K0 * p.K1);
+      q.stats = scratch.take(many * (p.dtype == F64 ? 8 : 4));
+      if (!q.stats) return NO_MEMORY;
+    }
     q.mean_out = at<void>(mean_out), q.var_out = at<void>(var_out);
     q.running_mean = at<void>(running_mean), q.running_var = at<void>(running_var);
     q.momentum = momentum;
@@ -119,7 +133,8 @@ NB_MODULE(_kernels, m) {
                     double>())
       .def("forward", &Layout::forward)
       .def("backward", &Layout::backward)
-      .def_prop_ro("bits_bytes", [](const Layout& l) { return chosen.kernels->bits_bytes(l.p); });
+      .def_prop_ro("bits_bytes", [](const Layout& l) { return chosen.kernels->bits_bytes(l.p); })
+      .def_prop_ro("bits_row", [](const Layout& l) { return chosen.kernels->bits_row(l.p); });
   m.def("isa", [] { return std::string(chosen.name); });
   m.def("threads", &thread_count);
   m.def("pool", [] { return std::string(pool_name()); });

@@ -61,7 +61,8 @@ struct Problem {
 struct Kernels {
   int (*forward)(const Problem&);
   int (*backward)(const Problem&);
-  int64_t (*bits_bytes)(const Problem&);  // negative: not supported
+  int64_t (*bits_bytes)(const Problem&);  // of the sign bits; negative: these sizes are not supported
+  int64_t (*bits_row)(const Problem&);    // values after which the sign bits start a new byte
 };
 extern const Kernels kernels_portable;
 #ifdef EVENLY_X86

@@ -23,7 +23,7 @@ class Runs {
     if (!parameters()) return NO_MEMORY;
     apply_fn = g.mode == SCALAR ? pick_apply<T, SCALAR>(p.act, p.residual, p.relu_bits)
                                 : pick_apply<T, VECTOR>(p.act, p.residual, p.relu_bits);
-    const bool raw = is_raw();
+    const bool raw = is_raw(p);
     const bool measure = !p.given;
     const bool affects = p.y != nullptr;
     const int64_t threads = total < PARALLEL ? 1 : thread_count();
@@ -181,8 +181,6 @@ class Runs {
   ReduceFn<T> reduce_fn = nullptr;
   BackFn<T> back_fn = nullptr, parked_fn = nullptr;
   Parameters<A> weight, bias;
-
-  bool is_raw() const { return !p.center && (p.scale == SCALE_RMS || p.scale == SCALE_L2) && !p.mean_out; }
 
   bool parameters() {
     const int64_t times = g.mode == VECTOR ? p.wdiv : 1;
