@@ -164,21 +164,13 @@ def normalize(
     tensor([ 1., -1., -1.,  1.])
     """
     key: tuple[Any, ...] | None = None
-    if by is None and mask is None and stats is None and not return_stats and not torch.compiler.is_compiling():
-        key = (
-            pattern,
-            getattr(x, "shape", None),
-            getattr(x, "dtype", None),
-            center,
-            scale,
-            eps,
-            correction,
-            affine,
-            activation,
-            residual is None,
-            *sizes.items(),
+    if by is None and mask is None and not torch.compiler.is_compiling():
+        key = quick_key(x, pattern, center, scale, eps, correction, affine, activation, residual, stats, sizes)
+        done = (
+            None
+            if return_stats
+            else operator.quick(key, x, weight, bias, residual, operator.MEASURED if stats is None else stats[:2])
         )
-        done = operator.quick(key, x, weight, bias, residual)
         if done is not None:
             return done
     _check_input(x, "normalize")
@@ -273,6 +265,36 @@ def check_activation(activation: str | None) -> None:
     if activation is not None and activation not in _ACTIVATIONS:
         known = ", ".join(map(repr, _ACTIVATIONS))
         raise ValueError(f"activation={activation!r} is unknown, expected one of {known} or None.")
+
+
+def quick_key(
+    x: Tensor,
+    pattern: str | None,
+    center: bool,
+    scale: str | None,
+    eps: float | None,
+    correction: float,
+    affine: str | None,
+    activation: str | None,
+    residual: Tensor | None,
+    stats: Any,
+    sizes: dict[str, int],
+) -> tuple[Any, ...]:
+    """What tells one remembered call from another."""
+    return (
+        pattern,
+        getattr(x, "shape", None),
+        getattr(x, "dtype", None),
+        center,
+        scale,
+        eps,
+        correction,
+        affine,
+        activation,
+        residual is None,
+        stats is None,
+        *sizes.items(),
+    )
 
 
 def _check_input(x: Tensor, name: str) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from evenly.core.kernels import cpu, reference
+from evenly.core.kernels import reference
 from evenly.core.kernels.cpu import operator
 from evenly.core.patterns import Plan
 

@@ -154,10 +154,8 @@ class Cols {
           out.data[p.wsize + i] += s[j];
         }
       }
-      for (int64_t i = 0; i < p.wsize; ++i) {
-        if (p.dweight) store_parameter(p.dweight, p.wdtype, i, out.data[i]);
-        if (p.dbias) store_parameter(p.dbias, p.wdtype, i, out.data[p.wsize + i]);
-      }
+      store_parameters(p.dweight, p.wdtype, 0, p.wsize, out.data);
+      store_parameters(p.dbias, p.wdtype, 0, p.wsize, out.data + p.wsize);
     }
     return OK;
   }

@@ -585,12 +585,17 @@ inline int kind_of(const Problem& p) {
   }
 }
 
-// The gradient of a parameter, in its own dtype, from sums in double.
-inline void store_parameter(void* to, int dtype, int64_t i, double v) {
-  if (dtype == F32) static_cast<float*>(to)[i] = from_double<float>(v);
-  if (dtype == F64) static_cast<double*>(to)[i] = v;
-  if (dtype == BF16) static_cast<bf16*>(to)[i] = from_double<bf16>(v);
-  if (dtype == F16) static_cast<f16*>(to)[i] = from_double<f16>(v);
+// Gradients of parameters first ... first + many, in their own dtype, from sums in double.
+template <class S>
+void convert(S* to, int64_t many, const double* from) {
+  for (int64_t i = 0; i < many; ++i) to[i] = from_double<S>(from[i]);
+}
+inline void store_parameters(void* to, int dtype, int64_t first, int64_t many, const double* from) {
+  if (!to) return;
+  if (dtype == F32) convert(static_cast<float*>(to) + first, many, from);
+  if (dtype == F64) convert(static_cast<double*>(to) + first, many, from);
+  if (dtype == BF16) convert(static_cast<bf16*>(to) + first, many, from);
+  if (dtype == F16) convert(static_cast<f16*>(to) + first, many, from);
 }
 
 #include "runs.inl"

@@ -127,6 +127,7 @@ struct Layout {
 }  // namespace
 
 NB_MODULE(_kernels, m) {
+  nb::set_leak_warnings(false);  // Layouts are cached by Python until it exits
   m.doc() = "Fused normalization kernels for the CPU.";
   nb::class_<Layout>(m, "Layout")
       .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int, int, int, int, bool, bool, bool, double,

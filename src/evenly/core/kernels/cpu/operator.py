@@ -24,12 +24,15 @@ from evenly.core.kernels.lowering import Block, block, dense_order, weight_index
 from evenly.core.kernels.reference import Call, Result
 from evenly.core.patterns import Plan, bind
 
-__all__ = ["Entry", "measure", "quick", "remember", "run", "supports"]
+__all__ = ["MEASURED", "Entry", "measure", "quick", "remember", "run", "run_compiled", "supports", "supports_compiled"]
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3}
 _SCALES = {None: 0, "std": 1, "rms": 2, "l2": 3}
 _PLAIN = (Tensor, torch.nn.Parameter)
+MEASURED: tuple[Tensor | None, Tensor | None] = (None, None)
+
+_NO_MEMORY = "The CPU kernels could not allocate their working memory."
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._are_functorch_transforms_active
@@ -50,11 +53,13 @@ class Entry:
         "block",
         "contiguous",
         "layout",
+        "natural",
         "options",
         "order",
         "plan",
         "shape",
         "signs",
+        "spec",
         "stats_dtype",
         "stats_shape",
         "weight_dtype",
@@ -102,12 +107,10 @@ class Entry:
         bits = self.layout.bits_bytes
         self.signs = bits if signs else 0
         self.shape = plan.shape
-
-    def fits(self, x: Tensor) -> bool:
-        """Whether a tensor of the right shape has the memory layout of this entry."""
-        if self.contiguous:
-            return x.is_contiguous()
-        return dense_order(x) == self.order
+        # whether a statistic has the order of the right-hand side
+        outputs = [axis for group in plan.resolved.outputs for axis in group]
+        self.natural = outputs == sorted(outputs)
+        self.spec = (self, MEASURED, False, None)
 
     def like(self, t: Tensor, x: Tensor) -> Tensor:
         """A tensor in the memory layout of ``x``."""
@@ -123,40 +126,43 @@ class Entry:
         residual: Tensor | None,
         stats: Tensor | None = None,
         bits: Tensor | None = None,
-        given: tuple[Tensor | None, Tensor | None] = (None, None),
+        given: tuple[Tensor | None, Tensor | None] = MEASURED,
         moments: tuple[Tensor, Tensor] | None = None,
+        running: tuple[Tensor, Tensor, float] | None = None,
     ) -> Tensor:
-        """The output; ``stats``, ``bits`` and ``moments`` are filled."""
+        """The output; ``stats``, ``bits`` and ``moments`` are filled, ``running`` moves towards what was measured."""
         y = torch.empty_like(x)
         mean, var = given
-        self._check(
-            self.layout.forward(
-                x.data_ptr(),
-                y.data_ptr(),
-                0 if stats is None else stats.data_ptr(),
-                0 if weight is None else weight.data_ptr(),
-                0 if bias is None else bias.data_ptr(),
-                0 if residual is None else residual.data_ptr(),
-                0 if bits is None else bits.data_ptr(),
-                0 if mean is None else mean.data_ptr(),
-                0 if var is None else var.data_ptr(),
-                0 if moments is None else moments[0].data_ptr(),
-                0 if moments is None else moments[1].data_ptr(),
-                0,
-                0,
-                0.0,
-            )
+        status = self.layout.forward(
+            x.data_ptr(),
+            y.data_ptr(),
+            0 if stats is None else stats.data_ptr(),
+            0 if weight is None else weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
+            0 if bits is None else bits.data_ptr(),
+            0 if mean is None else mean.data_ptr(),
+            0 if var is None else var.data_ptr(),
+            0 if moments is None else moments[0].data_ptr(),
+            0 if moments is None else moments[1].data_ptr(),
+            0 if running is None else running[0].data_ptr(),
+            0 if running is None else running[1].data_ptr(),
+            0.0 if running is None else running[2],
         )
+        if status:
+            raise MemoryError(_NO_MEMORY)
         return y
+
+    def empty_moments(self) -> tuple[Tensor, Tensor]:
+        """Room for a mean and a variance, flat."""
+        many = self.stats_shape[1]
+        return torch.empty(many, dtype=self.stats_dtype), torch.empty(many, dtype=self.stats_dtype)
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance, flat."""
-        many = self.stats_shape[1]
-        mean = torch.empty(many, dtype=self.stats_dtype)
-        var = torch.empty(many, dtype=self.stats_dtype)
-        self._check(
-            self.layout.forward(x.data_ptr(), 0, 0, 0, 0, 0, 0, 0, 0, mean.data_ptr(), var.data_ptr(), 0, 0, 0.0)
-        )
+        mean, var = self.empty_moments()
+        if self.layout.forward(x.data_ptr(), 0, 0, 0, 0, 0, 0, 0, 0, mean.data_ptr(), var.data_ptr(), 0, 0, 0.0):
+            raise MemoryError(_NO_MEMORY)
         return mean, var
 
     def backward(
@@ -168,7 +174,7 @@ class Entry:
         residual: Tensor | None,
         stats: Tensor,
         bits: Tensor | None,
-        needs: tuple[bool, bool, bool, bool],
+        needs: tuple[bool, ...],
         dmean: Tensor | None = None,
         dvar: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
@@ -180,29 +186,24 @@ class Entry:
         if needs[3]:
             # without an activation the gradient passes unchanged
             dresidual = dy if self.activation is None else torch.empty_like(x)
-        self._check(
-            self.layout.backward(
-                dy.data_ptr(),
-                x.data_ptr(),
-                stats.data_ptr(),
-                0 if weight is None else weight.data_ptr(),
-                0 if bias is None else bias.data_ptr(),
-                0 if residual is None else residual.data_ptr(),
-                0 if bits is None else bits.data_ptr(),
-                0 if dx is None else dx.data_ptr(),
-                0 if dweight is None else dweight.data_ptr(),
-                0 if dbias is None else dbias.data_ptr(),
-                0 if dresidual is None or dresidual is dy else dresidual.data_ptr(),
-                0 if dmean is None else dmean.data_ptr(),
-                0 if dvar is None else dvar.data_ptr(),
-            )
+        status = self.layout.backward(
+            dy.data_ptr(),
+            x.data_ptr(),
+            stats.data_ptr(),
+            0 if weight is None else weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
+            0 if bits is None else bits.data_ptr(),
+            0 if dx is None else dx.data_ptr(),
+            0 if dweight is None else dweight.data_ptr(),
+            0 if dbias is None else dbias.data_ptr(),
+            0 if dresidual is None or dresidual is dy else dresidual.data_ptr(),
+            0 if dmean is None else dmean.data_ptr(),
+            0 if dvar is None else dvar.data_ptr(),
         )
-        return dx, dweight, dbias, dresidual
-
-    @staticmethod
-    def _check(status: int) -> None:
         if status:
-            raise MemoryError("The CPU kernels could not allocate their working memory.")
+            raise MemoryError(_NO_MEMORY)
+        return dx, dweight, dbias, dresidual
 
     def positive(self, bits: Tensor, x: Tensor) -> Tensor:
         """The sign bits as a boolean tensor of the shape of ``x``."""
@@ -330,7 +331,7 @@ def run(x: Tensor, plan: Plan, call: Call) -> Result:
     x = _dense(x)
     entry = _entry(x, plan, call)
     assert entry is not None
-    given: tuple[Tensor | None, Tensor | None] = (None, None)
+    given = MEASURED
     if call.mean is not None or call.var is not None:
         given = (
             None if call.mean is None or not call.center else entry.flat(call.mean, "mean"),
@@ -349,8 +350,9 @@ def _apply(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
-    given: tuple[Tensor | None, Tensor | None] = (None, None),
+    given: tuple[Tensor | None, Tensor | None] = MEASURED,
     want_stats: bool = False,
+    running: tuple[Tensor, Tensor, float] | None = None,
 ) -> Any:
     if weight is not None and not weight.is_contiguous():
         weight = weight.contiguous()
@@ -362,14 +364,19 @@ def _apply(
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        return _normalize(x, weight, bias, residual, entry, given, want_stats)
+        spec = (
+            entry.spec
+            if given is MEASURED and running is None and not want_stats
+            else (entry, given, want_stats, running)
+        )
+        out = _function(x, weight, bias, residual, spec)
+        return out if want_stats else (out, None, None)
     if residual is not None:
         residual = entry.like(residual, x)
     if not want_stats:
-        return entry.forward(x, weight, bias, residual, given=given), None, None
-    many = entry.stats_shape[1]
-    moments = (torch.empty(many, dtype=entry.stats_dtype), torch.empty(many, dtype=entry.stats_dtype))
-    return (entry.forward(x, weight, bias, residual, moments=moments), *moments)
+        return entry.forward(x, weight, bias, residual, None, None, given, None, running), None, None
+    moments = entry.empty_moments()
+    return (entry.forward(x, weight, bias, residual, None, None, given, moments, running), *moments)
 
 
 def measure(x: Tensor, plan: Plan, correction: float) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -391,7 +398,8 @@ _quick: dict[tuple[Any, ...], Entry] = {}
 
 def remember(key: tuple[Any, ...], x: Tensor, plan: Plan, call: Call) -> None:
     """Let the next call with this key take the short way."""
-    if x.is_contiguous() and call.affine is not None and supports(x, plan, call):
+    first = call.weight if call.weight is not None else call.bias
+    if x.is_contiguous() and supports(x, plan, call) and (first is None or call.affine is not None):
         entry = _entry(x, plan, call)
         assert entry is not None
         if len(_quick) >= 8192:
@@ -400,24 +408,30 @@ def remember(key: tuple[Any, ...], x: Tensor, plan: Plan, call: Call) -> None:
 
 
 def quick(
-    key: tuple[Any, ...], x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+    key: tuple[Any, ...],
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    given: tuple[Tensor | None, Tensor | None] = MEASURED,
+    running: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor | None:
-    """The output of a call like one that was remembered; None if it must take the long way."""
+    """The output of a call like one that was remembered; None if it must take the long way.
+
+    Args:
+        given: mean and variance to use, if the key says so.
+        running: running mean, running variance and momentum; moved towards what is measured.
+    """
     try:
         entry = _quick.get(key)
     except TypeError:  # symbolic sizes, or arguments that are about to be refused
         return None
     if entry is None or not x.is_contiguous() or type(x) not in _PLAIN or not _ordinary():
         return None
-    for parameter in (weight, bias):
-        if parameter is not None and (
-            parameter.shape != entry.weight_shape
-            or parameter.dtype != entry.weight_dtype
-            or not parameter.is_contiguous()
-            or not parameter.is_cpu
-            or type(parameter) not in _PLAIN
-        ):
-            return None
+    if (weight is not None and not _is_parameter(weight, entry)) or (
+        bias is not None and not _is_parameter(bias, entry)
+    ):
+        return None
     if residual is not None and (
         residual.shape != entry.shape
         or residual.dtype != x.dtype
@@ -425,7 +439,37 @@ def quick(
         or type(residual) not in _PLAIN
     ):
         return None
-    return _apply(entry, x, weight, bias, residual)[0]
+    if given is not MEASURED and not all(_is_statistic(stat, entry) for stat in given):
+        return None
+    if running is not None:
+        if entry.plan.count < 2 or not all(_is_statistic(stat, entry) for stat in running[:2]):
+            return None
+        torch.autograd.graph.increment_version(running[0])
+        torch.autograd.graph.increment_version(running[1])
+    return _apply(entry, x, weight, bias, residual, given, False, running)[0]
+
+
+def _is_parameter(parameter: Tensor, entry: Entry) -> bool:
+    return (
+        parameter.shape == entry.weight_shape
+        and parameter.dtype == entry.weight_dtype
+        and parameter.is_contiguous()
+        and parameter.is_cpu
+        and type(parameter) in _PLAIN
+    )
+
+
+def _is_statistic(stat: Tensor | None, entry: Entry) -> bool:
+    return (
+        stat is not None
+        and stat.shape == entry.plan.out_shape
+        and stat.dtype == entry.stats_dtype
+        and stat.is_contiguous()
+        and stat.is_cpu
+        and not stat.requires_grad
+        and type(stat) in _PLAIN
+        and entry.natural
+    )
 
 
 # ---- derivatives ----------------------------------------------------------------------------------------------------
@@ -436,47 +480,45 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        entry: Entry,
-        given: tuple[Tensor | None, Tensor | None],
-        want_stats: bool,
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, spec: Any
     ) -> Any:
+        entry, given, want_stats, running = ctx.spec = spec
         stats = torch.empty(entry.stats_shape, dtype=entry.stats_dtype)
         bits = torch.empty(entry.signs, dtype=torch.uint8) if entry.signs else None
-        moments = None
-        if want_stats:
-            many = entry.stats_shape[1]
-            moments = (torch.empty(many, dtype=entry.stats_dtype), torch.empty(many, dtype=entry.stats_dtype))
+        moments = entry.empty_moments() if want_stats else None
         laid = None if residual is None else entry.like(residual, x)
-        y = entry.forward(x, weight, bias, laid, stats, bits, given, moments)
-        ctx.entry = entry
-        ctx.given = given
-        ctx.has_residual = residual is not None
+        y = entry.forward(x, weight, bias, laid, stats, bits, given, moments, running)
+        if entry.activation is None:
+            ctx.has_residual = residual is not None
+            ctx.save_for_backward(x, weight, bias, stats)
+        else:
+            # Recomputing what the activation saw takes the residual; its sign alone is kept as bits.
+            ctx.has_residual = residual is not None
+            ctx.save_for_backward(x, weight, bias, stats, residual if bits is None else None, bits)
+        if moments is None:
+            return y
         ctx.set_materialize_grads(False)
-        # Recomputing what the activation saw takes the residual; its sign alone is kept as bits.
-        keep = residual if entry.activation is not None and bits is None else None
-        ctx.save_for_backward(x, weight, bias, keep, stats, bits)
-        return y if moments is None else (y, *moments)
+        return (y, *moments)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dmean: Tensor | None = None, dvar: Tensor | None = None) -> Any:  # type: ignore[override]
-        x, weight, bias, residual, stats, bits = ctx.saved_tensors
-        entry: Entry = ctx.entry
-        needs = ctx.needs_input_grad[:4]
-        if torch.is_grad_enabled() or not _ordinary():
-            return (*_differentiable(ctx, needs, dy, dmean, dvar), None, None, None)
+        saved = ctx.saved_tensors
+        x, weight, bias, stats = saved[:4]
+        residual, bits = saved[4:] if len(saved) > 4 else (None, None)
+        needs = ctx.needs_input_grad
+        entry: Entry = ctx.spec[0]
+        if _grad_enabled() or not _ordinary():
+            return (*_differentiable(ctx, (x, weight, bias, residual), bits, needs, dy, dmean, dvar), None)
         if dy is None:
             dy = torch.zeros_like(x)
         dy = entry.like(dy, x)
         if residual is not None:
             residual = entry.like(residual, x)
-        dmean = None if dmean is None else dmean.contiguous()
-        dvar = None if dvar is None else dvar.contiguous()
-        return (*entry.backward(dy, x, weight, bias, residual, stats, bits, needs, dmean, dvar), None, None, None)
+        if dmean is not None:
+            dmean = dmean.contiguous()
+        if dvar is not None:
+            dvar = dvar.contiguous()
+        return (*entry.backward(dy, x, weight, bias, residual, stats, bits, needs, dmean, dvar), None)
 
 
 def _apply_function() -> Any:
@@ -488,25 +530,19 @@ def _apply_function() -> Any:
 _function = _apply_function()
 
 
-def _normalize(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    entry: Entry,
-    given: tuple[Tensor | None, Tensor | None],
-    want_stats: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    out = _function(x, weight, bias, residual, entry, given, want_stats)
-    return out if want_stats else (out, None, None)
-
-
 def _differentiable(
-    ctx: Any, needs: tuple[bool, ...], dy: Tensor | None, dmean: Tensor | None, dvar: Tensor | None
+    ctx: Any,
+    saved: tuple[Tensor | None, ...],
+    bits: Tensor | None,
+    needs: tuple[bool, ...],
+    dy: Tensor | None,
+    dmean: Tensor | None,
+    dvar: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """The gradients by PyTorch operators, so that they have derivatives themselves."""
-    x, weight, bias, residual, _, bits = ctx.saved_tensors
-    entry: Entry = ctx.entry
+    entry, given, _, _ = ctx.spec
+    x, _, _, residual = saved
+    assert x is not None
     options = dict(entry.options)
     through: Tensor | None = None
     if bits is not None:
@@ -515,11 +551,11 @@ def _differentiable(
         options["activation"] = None
     if ctx.has_residual and residual is None:
         through = dy
-    mean, var = ctx.given
+    mean, var = given
     plan = entry.plan
     with torch.enable_grad():
         # Views, so that one tensor in two places has a gradient for each.
-        inputs = [None if t is None else t.view_as(t) for t in (x, weight, bias, residual)]
+        inputs = [None if t is None else t.view_as(t) for t in saved]
         call = Call(
             **options,
             weight=inputs[1],
@@ -537,13 +573,13 @@ def _differentiable(
                 outputs.append(out)
                 grads.append(grad if out is result.y else grad.reshape(plan.stat_shape))
         outputs = [out if out is result.y else _unshaped(entry, out) for out in outputs]
-        wanted = [t for t, need in zip(inputs, needs, strict=True) if t is not None and need]
+        wanted = [t for t, need in zip(inputs, needs[:4], strict=True) if t is not None and need]
         found = iter(
             torch.autograd.grad(outputs, wanted, grads, create_graph=torch.is_grad_enabled(), allow_unused=True)
             if outputs and wanted
             else [None] * len(wanted)
         )
-    result_grads = [next(found) if t is not None and need else None for t, need in zip(inputs, needs, strict=True)]
+    result_grads = [next(found) if t is not None and need else None for t, need in zip(inputs, needs[:4], strict=True)]
     if needs[3] and through is not None:
         result_grads[3] = through
     return tuple(result_grads)
@@ -643,8 +679,7 @@ def _operator(
     options = (center, scale, eps, correction, activation)
     entry = _rebuilt(x, first, pattern, names, sizes, affine, options, given)
     stats = torch.empty(entry.stats_shape, dtype=entry.stats_dtype)
-    many = entry.stats_shape[1] if want_stats else 0
-    moments = (torch.empty(many, dtype=entry.stats_dtype), torch.empty(many, dtype=entry.stats_dtype))
+    moments = entry.empty_moments() if want_stats else (stats.new_empty(0), stats.new_empty(0))
     fixed = (
         None if mean is None or not center else entry.flat(mean, "mean"),
         None if var is None or not scale else entry.flat(var, "var"),
@@ -705,9 +740,7 @@ def _operator_backward(
     laid = None if residual is None else entry.like(residual, x)
     weight, bias = _filled(weight), _filled(bias)
     wanted = (needs[0], needs[1], needs[2], needs[3] and entry.activation is not None)
-    found = entry.backward(
-        entry.like(dy, x), x, weight, bias, laid, stats, None, wanted, _filled(dmean), _filled(dvar)
-    )
+    found = entry.backward(entry.like(dy, x), x, weight, bias, laid, stats, None, wanted, _filled(dmean), _filled(dvar))
     nothing = (x.new_empty(0), x.new_empty(0), x.new_empty(0), x.new_empty(0))
     return tuple(n if f is None else f for f, n in zip(found, nothing, strict=True))  # type: ignore[return-value]
 
@@ -766,9 +799,7 @@ _library.impl("cpu_normalize", _operator, "CPU")
 _library.impl("cpu_normalize_backward", _operator_backward, "CPU")
 torch.library.register_fake("evenly::cpu_normalize", _operator_fake, lib=_library)
 torch.library.register_fake("evenly::cpu_normalize_backward", _operator_backward_fake, lib=_library)
-torch.library.register_autograd(
-    "evenly::cpu_normalize", _operator_autograd, setup_context=_setup_context, lib=_library
-)
+torch.library.register_autograd("evenly::cpu_normalize", _operator_autograd, setup_context=_setup_context, lib=_library)
 
 
 def supports_compiled(x: Tensor, plan: Plan, call: Call) -> bool:
@@ -791,9 +822,11 @@ def supports_compiled(x: Tensor, plan: Plan, call: Call) -> bool:
 
 
 def _tiles(sizes: tuple[int, int, int, int], index: tuple[int, int]) -> bool:
-    _, r0, k1, r1 = sizes
+    k1, r1 = sizes[2:]
     wdiv, wsize = index
-    return bool(wdiv % r1 == 0 or r1 % (wdiv * wsize) == 0 or (wdiv * wsize) % r1 == 0 or (k1 * r1) % (wdiv * wsize) == 0)
+    return bool(
+        wdiv % r1 == 0 or r1 % (wdiv * wsize) == 0 or (wdiv * wsize) % r1 == 0 or (k1 * r1) % (wdiv * wsize) == 0
+    )
 
 
 def run_compiled(x: Tensor, plan: Plan, call: Call) -> Result:

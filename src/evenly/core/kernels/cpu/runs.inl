@@ -3,6 +3,7 @@
 template <class T>
 class Runs {
   using A = typename Tr<T>::A;
+  static constexpr int64_t GROUP = 512;
 
  public:
   Runs(const Problem& problem, const Geometry& geometry) : p(problem), g(geometry) {
@@ -82,7 +83,7 @@ class Runs {
       back_fn = pick_back<T, VECTOR>(kind);
       parked_fn = pick_back<T, VECTOR>(PARKED);
     }
-    if (g.mode == VECTOR) return backward_vector(threads);
+    if (g.mode == VECTOR) return backward_vector();
 
     // Sums of each unit; with parameters they are kept until the end.
     const bool whole = threads == 1 || K >= 4 * threads || p.R0 * units == 1;
@@ -163,10 +164,8 @@ class Runs {
             sums.data[p.wsize + i] += one[0];
           }
       }
-      for (int64_t i = 0; i < p.wsize; ++i) {
-        if (p.dweight) store_parameter(p.dweight, p.wdtype, i, sums.data[i]);
-        if (p.dbias) store_parameter(p.dbias, p.wdtype, i, sums.data[p.wsize + i]);
-      }
+      store_parameters(p.dweight, p.wdtype, 0, p.wsize, sums.data);
+      store_parameters(p.dbias, p.wdtype, 0, p.wsize, sums.data + p.wsize);
     }
     return OK;
   }
@@ -337,15 +336,20 @@ class Runs {
   }
 
   // Weights that vary along the run: their gradients are added up in one buffer for each of a fixed number of parts.
-  int backward_vector(int64_t threads) {
+  int backward_vector() {
     int64_t parts = min_of(K, max_of(1, min_of(64, total / PARALLEL)));
     parts = max_of(1, min_of(parts, 2 * total / max_of(1, g.period)));
+    // One part, and parameters of the accumulation type: into the gradients themselves.
+    const bool direct = parts == 1 && p.wdiv == 1 && p.dweight && p.dbias && p.wdtype == (sizeof(A) == 4 ? F32 : F64);
     Buffer<A> partial;
-    if (!partial.zeros(2 * parts * g.period)) return NO_MEMORY;
-    (void)threads;
+    if (!direct && !partial.zeros(2 * parts * g.period)) return NO_MEMORY;
+    if (direct) {
+      std::memset(p.dweight, 0, sizeof(A) * static_cast<size_t>(p.wsize));
+      std::memset(p.dbias, 0, sizeof(A) * static_cast<size_t>(p.wsize));
+    }
     parallel(parts, [&](int64_t part) {
-      A* dw = partial.data + 2 * part * g.period;
-      A* db = dw + g.period;
+      A* dw = direct ? static_cast<A*>(p.dweight) : partial.data + 2 * part * g.period;
+      A* db = direct ? static_cast<A*>(p.dbias) : dw + g.period;
       Buffer<A> park;
       const bool parked = can_park(n) && park_into(park, n);
       for (int64_t k = part * K / parts; k < (part + 1) * K / parts; ++k) {
@@ -365,23 +369,28 @@ class Runs {
           for (int64_t u = 0; u < units; ++u) unapply(k, r0, u, e, parked ? park_at(park, k, r0, u) : nullptr);
       }
     });
-    const int64_t group = 1024;
+    if (direct) return OK;
     auto finish_group = [&](int64_t task) {
-      for (int64_t i = task * group; i < min_of(p.wsize, (task + 1) * group); ++i) {
-        double w = 0, b = 0;
-        for (int64_t part = 0; part < parts; ++part)
-          for (int64_t j = i * p.wdiv; j < (i + 1) * p.wdiv; ++j) {
-            w += static_cast<double>(partial.data[2 * part * g.period + j]);
-            b += static_cast<double>(partial.data[(2 * part + 1) * g.period + j]);
-          }
-        if (p.dweight) store_parameter(p.dweight, p.wdtype, i, w);
-        if (p.dbias) store_parameter(p.dbias, p.wdtype, i, b);
-      }
+      double sums[2][GROUP];
+      const int64_t first = task * GROUP, many = min_of(GROUP, p.wsize - first);
+      for (int64_t i = 0; i < many; ++i) sums[0][i] = 0, sums[1][i] = 0;
+      for (int64_t part = 0; part < parts; ++part)
+        for (int which = 0; which < 2; ++which) {
+          const A* from = partial.data + (2 * part + which) * g.period + first * p.wdiv;
+          if (p.wdiv == 1)
+            for (int64_t i = 0; i < many; ++i) sums[which][i] += static_cast<double>(from[i]);
+          else
+            for (int64_t i = 0; i < many; ++i)
+              for (int64_t j = 0; j < p.wdiv; ++j) sums[which][i] += static_cast<double>(from[i * p.wdiv + j]);
+        }
+      store_parameters(p.dweight, p.wdtype, first, many, sums[0]);
+      store_parameters(p.dbias, p.wdtype, first, many, sums[1]);
     };
+    const int64_t groups = ceil_div(p.wsize, GROUP);
     if (parts * g.period < PARALLEL)
-      for (int64_t t = 0; t < ceil_div(p.wsize, group); ++t) finish_group(t);
+      for (int64_t t = 0; t < groups; ++t) finish_group(t);
     else
-      parallel(ceil_div(p.wsize, group), finish_group);
+      parallel(groups, finish_group);
     return OK;
   }
 };
