@@ -397,14 +397,14 @@ _quick: dict[tuple[Any, ...], Entry] = {}
 
 
 def remember(key: tuple[Any, ...], x: Tensor, plan: Plan, call: Call) -> None:
-    """Let the next call with this key take the short way."""
+    """Let the next call with this key, in this memory layout, take the short way."""
     first = call.weight if call.weight is not None else call.bias
-    if x.is_contiguous() and supports(x, plan, call) and (first is None or call.affine is not None):
+    if dense_order(x) is not None and supports(x, plan, call) and (first is None or call.affine is not None):
         entry = _entry(x, plan, call)
         assert entry is not None
         if len(_quick) >= 8192:
             _quick.clear()
-        _quick[key] = entry
+        _quick[key if x.is_contiguous() else (key, x.stride())] = entry
 
 
 def quick(
@@ -423,10 +423,10 @@ def quick(
         running: running mean, running variance and momentum; moved towards what is measured.
     """
     try:
-        entry = _quick.get(key)
+        entry = _quick.get(key if x.is_contiguous() else (key, x.stride()))
     except TypeError:  # symbolic sizes, or arguments that are about to be refused
         return None
-    if entry is None or not x.is_contiguous() or type(x) not in _PLAIN or not _ordinary():
+    if entry is None or type(x) not in _PLAIN or not _ordinary():
         return None
     if (weight is not None and not _is_parameter(weight, entry)) or (
         bias is not None and not _is_parameter(bias, entry)
@@ -439,14 +439,25 @@ def quick(
         or type(residual) not in _PLAIN
     ):
         return None
-    if given is not MEASURED and not all(_is_statistic(stat, entry) for stat in given):
-        return None
-    if running is not None:
-        if entry.plan.count < 2 or not all(_is_statistic(stat, entry) for stat in running[:2]):
+    if given is not MEASURED:
+        if not (_is_statistic(given[0], entry) and _is_statistic(given[1], entry)):
             return None
-        torch.autograd.graph.increment_version(running[0])
-        torch.autograd.graph.increment_version(running[1])
-    return _apply(entry, x, weight, bias, residual, given, False, running)[0]
+        given = (given[0].to(entry.stats_dtype), given[1].to(entry.stats_dtype))  # type: ignore[union-attr]
+    if running is None:
+        return _apply(entry, x, weight, bias, residual, given, False, None)[0]
+    mean, var, momentum = running
+    if entry.plan.count < 2 or not (_is_statistic(mean, entry) and _is_statistic(var, entry)):
+        return None
+    if mean.dtype == entry.stats_dtype and var.dtype == entry.stats_dtype:
+        y = _apply(entry, x, weight, bias, residual, given, False, running)[0]
+        torch.autograd.graph.increment_version(mean)
+        torch.autograd.graph.increment_version(var)
+        return y
+    wide = (mean.to(entry.stats_dtype), var.to(entry.stats_dtype), momentum)
+    y = _apply(entry, x, weight, bias, residual, given, False, wide)[0]
+    mean.copy_(wide[0])
+    var.copy_(wide[1])
+    return y
 
 
 def _is_parameter(parameter: Tensor, entry: Entry) -> bool:
@@ -463,7 +474,6 @@ def _is_statistic(stat: Tensor | None, entry: Entry) -> bool:
     return (
         stat is not None
         and stat.shape == entry.plan.out_shape
-        and stat.dtype == entry.stats_dtype
         and stat.is_contiguous()
         and stat.is_cpu
         and not stat.requires_grad
@@ -479,7 +489,7 @@ class _Normalize(torch.autograd.Function):
     """Kernels forward and backward; the derivative of the backward is PyTorch's."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, spec: Any
     ) -> Any:
         entry, given, want_stats, running = ctx.spec = spec
@@ -501,7 +511,7 @@ class _Normalize(torch.autograd.Function):
         return (y, *moments)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dmean: Tensor | None = None, dvar: Tensor | None = None) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor | None, dmean: Tensor | None = None, dvar: Tensor | None = None) -> Any:
         saved = ctx.saved_tensors
         x, weight, bias, stats = saved[:4]
         residual, bits = saved[4:] if len(saved) > 4 else (None, None)
@@ -524,7 +534,7 @@ class _Normalize(torch.autograd.Function):
 def _apply_function() -> Any:
     # The public apply first asks whether a transform of torch.func is active, and binds arguments to defaults. The
     # callers here have asked; without it a call is a quarter cheaper.
-    return super(torch.autograd.Function, _Normalize).apply  # type: ignore[misc]
+    return super(torch.autograd.Function, _Normalize).apply
 
 
 _function = _apply_function()
