@@ -100,7 +100,7 @@ def test_a_seed_gives_the_same_numbers_again(tmp_path):
 
 
 def test_small_never_replaces_full_and_is_not_stored_by_default(tmp_path, monkeypatch):
-    monkeypatch.setattr("evenly.claims._harness.results_dir", lambda: tmp_path)
+    monkeypatch.setattr("evenly.claims._harness.checkout_dir", lambda: tmp_path)
     run_claim(make(), "small")
     assert list(tmp_path.iterdir()) == []
     run_claim(make(), "full", workers=1)
@@ -252,3 +252,15 @@ def test_a_killed_run_repeats_no_finished_trial(tmp_path):
     assert log.read_text().split() == ["0", "1", "2", "2", "3"]
     assert json.loads((tmp_path / "out" / "slow.json").read_text())["verdict"] == "reproduced"
     assert not (tmp_path / "out" / ".partial").exists()
+
+
+def test_where_results_are_kept(tmp_path, monkeypatch):
+    folder = claims.results_dir()
+    assert folder.name == "claims"
+    # An installed package reads its own copy, and writes to the folder it is called in.
+    monkeypatch.setattr("evenly.claims._store.checkout_dir", lambda: None)
+    assert claims.results_dir().parts[-4:] == ("evenly", "claims", "results", "claims")
+    monkeypatch.setattr("evenly.claims._harness.checkout_dir", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    run_claim(make(), workers=1)
+    assert (tmp_path / "claims" / "toy.json").is_file()

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from evenly.claims._store import dumps, number, results_dir, write_atomically
+from evenly.claims._store import checkout_dir, dumps, number, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -221,9 +221,7 @@ def run_claim(
     """
     folder = Path(out) if out is not None else None
     if folder is None and budget == "full":
-        folder = results_dir()
-        if folder.parent.name == "results":  # an installed package is not a place to write to
-            folder = Path("claims")
+        folder = checkout_dir() or Path("claims")  # an installed package is not a place to write to
     if workers is None:
         workers = 1 if budget == "small" else min(2, os.cpu_count() or 1)
     cache = None

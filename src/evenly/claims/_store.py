@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "checkout_dir",
     "dumps",
     "number",
     "results_dir",
@@ -25,11 +26,16 @@ __all__ = [
 
 def results_dir() -> Path:
     """Return the folder of stored results: ``docs/claims`` of the checkout, else the copy in the package."""
+    return checkout_dir() or Path(__file__).resolve().parent / "results" / "claims"
+
+
+def checkout_dir() -> Path | None:
+    """Return ``docs/claims`` where the library runs from its own checkout, else None."""
     package = Path(__file__).resolve().parent
     root = package.parents[2]
     if (root / "pyproject.toml").is_file() and package == root / "src" / "evenly" / "claims":
         return root / "docs" / "claims"
-    return package / "results" / "claims"
+    return None
 
 
 def stored(id: str, directory: Path | None = None) -> dict[str, Any] | None:
