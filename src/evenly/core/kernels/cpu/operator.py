@@ -422,11 +422,13 @@ def quick(
         given: mean and variance to use, if the key says so.
         running: running mean, running variance and momentum; moved towards what is measured.
     """
+    if type(x) not in _PLAIN or not x.is_cpu:
+        return None
     try:
         entry = _quick.get(key if x.is_contiguous() else (key, x.stride()))
     except TypeError:  # symbolic sizes, or arguments that are about to be refused
         return None
-    if entry is None or type(x) not in _PLAIN or not _ordinary():
+    if entry is None or not _ordinary():
         return None
     if (weight is not None and not _is_parameter(weight, entry)) or (
         bias is not None and not _is_parameter(bias, entry)
