@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 #: Elements of one tensor that are worked on at once on a CPU: with its gradient and state they stay in the cache.
-PIECE = 1 << 16
+PIECE = 1 << 18
 
 
 class Base(Optimizer):
@@ -152,20 +152,17 @@ def one_of(what: str, value: object, values: Sequence[object]) -> None:
 
 
 class Piece(NamedTuple):
-    """Rows ``start:stop`` of tensor number ``place``."""
+    """Rows of tensor number ``place``; ``rows`` is None for all of them."""
 
     place: int
-    start: int
-    stop: int
+    rows: slice | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
         """The piece of a tensor, as a view."""
-        if tensor.dim() == 0 or (self.start == 0 and self.stop == len(tensor)):
-            return tensor
-        return tensor[self.start : self.stop]
+        return tensor if self.rows is None else tensor[self.rows]
 
 
-def jobs(tensors: Sequence[Tensor], foreach: bool) -> Iterator[list[list[Piece]]]:
+def jobs(tensors: Sequence[Tensor], places: Iterable[int], foreach: bool) -> Iterator[list[list[Piece]]]:
     """Cut the work of a step: a job is a list of buckets, a bucket a list of pieces that are worked on at once.
 
     All pieces of a tensor are in one job, so what depends on a whole tensor is settled between two passes over the
@@ -173,28 +170,29 @@ def jobs(tensors: Sequence[Tensor], foreach: bool) -> Iterator[list[list[Piece]]
     one large tensor bucket after bucket; on another device it is all tensors of one type at once. Without
     ``foreach`` every tensor is a job by itself.
     """
-    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for place, tensor in enumerate(tensors):
-        if tensor.numel():
-            groups.setdefault((tensor.device, tensor.dtype), []).append(place)
-    for (device, _), places in groups.items():
-        small: list[Piece] = []
-        total = 0
-        for place in places:
-            tensor = tensors[place]
-            rows = 1 if tensor.dim() == 0 else len(tensor)
-            if not foreach:
-                yield [[Piece(place, 0, rows)]]
+    groups: dict[tuple[torch.device, torch.dtype], tuple[list[Piece], list[int]]] = {}
+    for place in places:
+        tensor = tensors[place]
+        size = tensor.numel()
+        if not size:
+            continue
+        if not foreach:
+            yield [[Piece(place)]]
+            continue
+        small, total = groups.setdefault((tensor.device, tensor.dtype), ([], [0]))
+        if tensor.device.type == "cpu":
+            if size > PIECE:
+                rows = tensor.shape[0]
+                step = max(1, PIECE * rows // size)
+                yield [[Piece(place, slice(start, start + step))] for start in range(0, rows, step)]
                 continue
-            if device.type == "cpu" and tensor.numel() > PIECE:
-                size = max(1, PIECE * rows // tensor.numel())
-                yield [[Piece(place, start, min(start + size, rows))] for start in range(0, rows, size)]
-                continue
-            if device.type == "cpu" and total + tensor.numel() > PIECE:
-                yield [small]
-                small, total = [], 0
-            small.append(Piece(place, 0, rows))
-            total += tensor.numel()
+            if total[0] + size > PIECE:
+                yield [small.copy()]
+                small.clear()
+                total[0] = 0
+        small.append(Piece(place))
+        total[0] += size
+    for small, _ in groups.values():
         if small:
             yield [small]
 
@@ -261,5 +259,7 @@ def local_gradient(param: Tensor, grad: Tensor) -> Tensor:
 
 def _is_dtensor(tensor: Tensor) -> bool:
     # Whoever has a DTensor has imported its module; everyone else is spared half a second.
+    if type(tensor) is Tensor or type(tensor) is torch.nn.Parameter:
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)

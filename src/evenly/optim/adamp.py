@@ -76,13 +76,13 @@ class _Projecting(Base):
         w = [local(param) for param in params]
         g = [local_gradient(param, grad) for param, grad in zip(params, grads, strict=True)]
         layouts = [shards(param) for param in params]
-        foreach = group["foreach"] is not False
-        sharded = [place for place, layout in enumerate(layouts) if layout.split()]
-        for place in sharded:  # one at a time, in the same order on every process
-            rows = w[place].shape[0] if w[place].dim() else 1
-            self._job(group, [[Piece(place, 0, rows)]], w, g, states, layouts)
-        others = [tensor.new_empty(0) if place in sharded else tensor for place, tensor in enumerate(w)]
-        for job in jobs(others, foreach):
+        whole = []
+        for place, layout in enumerate(layouts):
+            if layout.splits:  # one at a time, in the same order on every process
+                self._job(group, [[Piece(place)]], w, g, states, layouts)
+            else:
+                whole.append(place)
+        for job in jobs(w, whole, group["foreach"] is not False):
             self._job(group, job, w, g, states, layouts)
 
     def _job(
@@ -94,83 +94,91 @@ class _Projecting(Base):
         states: list[dict[str, Tensor]],
         layouts: list[Shards],
     ) -> None:
-        places = sorted({piece.place for bucket in job for piece in bucket})
-        for place in places:
-            self._count(states[place])
-        tested = {place for place in places if _testable(layouts[place].shape, group["delta"])}
-        products: dict[int, list[Tensor]] = {place: [] for place in tested}
+        places = [piece.place for piece in job[0]]
+        tested = [place for place in places if _testable(layouts[place].shape, group["delta"])]
+        products: list[tuple[Tensor, Tensor, Tensor]] = []
+        counts = dict.fromkeys(tested, 0)
+        self._count(group, [states[place] for place in places])
         for bucket in job:
             gradients = self._gradients(group, bucket, g)
             self._accumulate(group, bucket, gradients, states)
             for piece, gradient in zip(bucket, gradients, strict=True):
-                if piece.place in tested:
-                    products[piece.place].append(_products(gradient, piece.of(w[piece.place])))
-        sums = {place: torch.cat(parts, 1) if len(parts) > 1 else parts[0] for place, parts in products.items()}
-        views = _views(sums, {place: layouts[place] for place in tested}, group["delta"], group["eps"])
+                if piece.place in counts:
+                    products.append(_products(gradient, piece.of(w[piece.place])))
+                    counts[piece.place] += len(products[-1][0])
+        sums, views = _views(products, counts, layouts, group["delta"], group["eps"])
         for place in places:
             counted = views.get(place) or "none"
             self._counts[counted] = self._counts.get(counted, 0) + 1
 
-        # The radial part of a tensor that is seen in one piece is found beside its step; else it needs its own pass.
+        # What a whole tensor's radial part depends on is found in a pass of its own if the tensor is in pieces.
         radial: dict[int, Tensor] = {}
-        if len(job) > 1 and any(views.get(place) == "layer" for place in places):
-            (place,) = places
+        if len(job) > 1 and views.get(places[0]) == "layer":
             parts = []
             for bucket in job:
-                (update,) = self._updates(group, bucket, self._gradients(group, bucket, g), states, False)
-                parts.append(_row_products(update, bucket[0].of(w[place])))
-            radial[place] = torch.cat(parts)
+                (update,) = self._updates(group, bucket, self._gradients(group, bucket, g), states, True)
+                parts.append(_row_products(update, bucket[0].of(w[places[0]])))
+            radial[places[0]] = torch.cat(parts)
         for bucket in job:
-            keep = any(views.get(piece.place) for piece in bucket)
-            updates = self._updates(group, bucket, self._gradients(group, bucket, g), states, keep)
+            projected = any(views.get(piece.place) for piece in bucket)
             weights = [piece.of(w[piece.place]) for piece in bucket]
-            ratios = []
+            gradients = self._gradients(group, bucket, g)
+            if not projected:
+                self._decay(group, weights, None)
+                self._move(group, bucket, weights, gradients, states)
+                continue
+            updates = self._updates(group, bucket, gradients, states, True)
             for k, piece in enumerate(bucket):
                 view = views.get(piece.place)
-                ratios.append(group["wd_ratio"] if view else 1.0)
                 if view:
-                    along = radial[piece.place] if piece.place in radial else _row_products(updates[k], weights[k])
-                    norms = sums[piece.place][2]
-                    norms = norms[piece.start : piece.stop] if view == "channel" else norms
+                    along = radial[piece.place] if radial else _row_products(updates[k], weights[k])
+                    norms = sums[piece.place]
+                    if view == "channel" and piece.rows is not None:
+                        norms = norms[piece.rows]
                     updates[k] = _remove(updates[k], weights[k], along, norms, view, layouts[piece.place], group["eps"])
-            self._decay(group, weights, ratios)
-            self._move(group, bucket, weights, updates, states)
+            self._decay(group, weights, [group["wd_ratio"] if views.get(piece.place) else 1.0 for piece in bucket])
+            _subtract(weights, updates, self._sizes(group, bucket, states))
 
     def _gradients(self, group: dict[str, Any], bucket: list[Piece], g: list[Tensor]) -> list[Tensor]:
         pieces = [piece.of(g[piece.place]) for piece in bucket]
         return list(torch._foreach_neg(pieces)) if group["maximize"] else pieces
 
-    def _decay(self, group: dict[str, Any], weights: list[Tensor], ratios: list[float]) -> None:
+    def _decay(self, group: dict[str, Any], weights: list[Tensor], ratios: list[float] | None) -> None:
+        if not group["weight_decay"]:
+            return
         strength = number("lr", group["lr"]) * group["weight_decay"] / (1 - group.get("momentum", 0.0))
-        if strength:
+        if ratios is None:
+            torch._foreach_mul_(weights, 1 - strength)
+        else:
             torch._foreach_mul_(weights, [1 - strength * ratio for ratio in ratios])
 
     def _state(self, group: dict[str, Any], param: Tensor) -> dict[str, Tensor]:
+        """The state of a parameter, made where there is none; local tensors."""
         raise TypeError("write _state in the subclass")
 
-    def _count(self, state: dict[str, Tensor]) -> None:
-        if "step" in state:
-            state["step"] += 1
+    def _count(self, group: dict[str, Any], states: list[dict[str, Tensor]]) -> None:
+        """Count a step of these parameters."""
 
-    def _accumulate(
-        self, group: dict[str, Any], bucket: list[Piece], g: list[Tensor], states: list[dict[str, Tensor]]
-    ) -> None:
+    def _accumulate(self, group: dict[str, Any], bucket: list[Piece], g: list[Tensor], states: list[Any]) -> None:
+        """Bring the moments up to date."""
         raise TypeError("write _accumulate in the subclass")
 
     def _updates(
-        self, group: dict[str, Any], bucket: list[Piece], g: list[Tensor], states: list[dict[str, Tensor]], own: bool
+        self, group: dict[str, Any], bucket: list[Piece], g: list[Tensor], states: list[Any], own: bool
     ) -> list[Tensor]:
+        """The updates in units of :meth:`_sizes`; with ``own`` tensors that may be changed."""
         raise TypeError("write _updates in the subclass")
 
+    def _sizes(self, group: dict[str, Any], bucket: list[Piece], states: list[Any]) -> list[float]:
+        """What the updates are multiplied by."""
+        raise TypeError("write _sizes in the subclass")
+
     def _move(
-        self,
-        group: dict[str, Any],
-        bucket: list[Piece],
-        weights: list[Tensor],
-        updates: list[Tensor],
-        states: list[dict[str, Tensor]],
+        self, group: dict[str, Any], bucket: list[Piece], weights: list[Tensor], g: list[Tensor], states: list[Any]
     ) -> None:
-        raise TypeError("write _move in the subclass")
+        """The step of weights that are not projected."""
+        updates = self._updates(group, bucket, g, states, False)
+        _subtract(weights, updates, self._sizes(group, bucket, states))
 
 
 class AdamP(_Projecting):
@@ -258,9 +266,10 @@ class AdamP(_Projecting):
             "exp_avg_sq": local(state["exp_avg_sq"]),
         }
 
-    def _accumulate(
-        self, group: dict[str, Any], bucket: list[Piece], g: list[Tensor], states: list[dict[str, Tensor]]
-    ) -> None:
+    def _count(self, group: dict[str, Any], states: list[dict[str, Tensor]]) -> None:
+        torch._foreach_add_([state["step"] for state in states], 1.0)
+
+    def _accumulate(self, group: dict[str, Any], bucket: list[Piece], g: list[Tensor], states: list[Any]) -> None:
         beta1, beta2 = group["betas"]
         second = [piece.of(states[piece.place]["exp_avg_sq"]) for piece in bucket]
         torch._foreach_lerp_([piece.of(states[piece.place]["exp_avg"]) for piece in bucket], g, 1 - beta1)
@@ -268,9 +277,20 @@ class AdamP(_Projecting):
         torch._foreach_addcmul_(second, g, g, 1 - beta2)
 
     def _updates(
-        self, group: dict[str, Any], bucket: list[Piece], g: list[Tensor], states: list[dict[str, Tensor]], own: bool
+        self, group: dict[str, Any], bucket: list[Piece], g: list[Tensor], states: list[Any], own: bool
     ) -> list[Tensor]:
-        # u / sqrt(1 - beta2^t): the factor goes into the step size, and so does the first moment's correction.
+        return list(torch._foreach_div(*self._fraction(group, bucket, g, states)))
+
+    def _move(
+        self, group: dict[str, Any], bucket: list[Piece], weights: list[Tensor], g: list[Tensor], states: list[Any]
+    ) -> None:
+        first, denominators = self._fraction(group, bucket, g, states)
+        torch._foreach_addcdiv_(weights, first, denominators, [-size for size in self._sizes(group, bucket, states)])
+
+    def _fraction(
+        self, group: dict[str, Any], bucket: list[Piece], g: list[Tensor], states: list[Any]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        # The update over sqrt(1 - beta2^t), a factor that goes into the step size as the first moment's does.
         beta1, beta2 = group["betas"]
         first = [piece.of(states[piece.place]["exp_avg"]) for piece in bucket]
         if group["nesterov"]:
@@ -279,23 +299,13 @@ class AdamP(_Projecting):
         denominators = list(torch._foreach_sqrt([piece.of(states[piece.place]["exp_avg_sq"]) for piece in bucket]))
         roots = [math.sqrt(1 - beta2 ** states[piece.place]["step"].item()) for piece in bucket]
         torch._foreach_add_(denominators, [group["eps"] * root for root in roots])
-        return list(torch._foreach_div(first, denominators))
+        return first, denominators
 
-    def _move(
-        self,
-        group: dict[str, Any],
-        bucket: list[Piece],
-        weights: list[Tensor],
-        updates: list[Tensor],
-        states: list[dict[str, Tensor]],
-    ) -> None:
+    def _sizes(self, group: dict[str, Any], bucket: list[Piece], states: list[Any]) -> list[float]:
         lr = number("lr", group["lr"])
         beta1, beta2 = group["betas"]
-        sizes = []
-        for piece in bucket:
-            step = states[piece.place]["step"].item()
-            sizes.append(lr * math.sqrt(1 - beta2**step) / (1 - beta1**step))
-        _subtract(weights, updates, sizes)
+        steps = [states[piece.place]["step"].item() for piece in bucket]
+        return [lr * math.sqrt(1 - beta2**step) / (1 - beta1**step) for step in steps]
 
 
 class SGDP(_Projecting):
@@ -382,16 +392,14 @@ class SGDP(_Projecting):
             state["momentum_buffer"] = torch.zeros_like(param, memory_format=torch.preserve_format)
         return {"momentum_buffer": local(state["momentum_buffer"])}
 
-    def _accumulate(
-        self, group: dict[str, Any], bucket: list[Piece], g: list[Tensor], states: list[dict[str, Tensor]]
-    ) -> None:
+    def _accumulate(self, group: dict[str, Any], bucket: list[Piece], g: list[Tensor], states: list[Any]) -> None:
         if group["momentum"]:
             buffers = [piece.of(states[piece.place]["momentum_buffer"]) for piece in bucket]
             torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, g, alpha=1 - group["dampening"])
 
     def _updates(
-        self, group: dict[str, Any], bucket: list[Piece], g: list[Tensor], states: list[dict[str, Tensor]], own: bool
+        self, group: dict[str, Any], bucket: list[Piece], g: list[Tensor], states: list[Any], own: bool
     ) -> list[Tensor]:
         if not group["momentum"]:
             return list(torch._foreach_mul(g, 1 - group["dampening"])) if own or group["dampening"] else g
@@ -400,15 +408,8 @@ class SGDP(_Projecting):
             return list(torch._foreach_add(g, buffers, alpha=group["momentum"]))
         return [buffer.clone() for buffer in buffers] if own and group["buffer"] == "paper" else buffers
 
-    def _move(
-        self,
-        group: dict[str, Any],
-        bucket: list[Piece],
-        weights: list[Tensor],
-        updates: list[Tensor],
-        states: list[dict[str, Tensor]],
-    ) -> None:
-        _subtract(weights, updates, [number("lr", group["lr"])] * len(weights))
+    def _sizes(self, group: dict[str, Any], bucket: list[Piece], states: list[Any]) -> list[float]:
+        return [number("lr", group["lr"])] * len(bucket)
 
 
 def project_update(
@@ -447,28 +448,22 @@ def project_update(
     if not _testable(w.shape, delta):
         return u, None
     layout = Shards(tuple(w.shape))
-    sums = _products(g, w)
-    view = _views({0: sums}, {0: layout}, delta, eps)[0]
+    sums, views = _views([_products(g, w)], {0: w.shape[0]}, [layout], delta, eps)
+    view = views[0]
     if view is None:
         return u, None
-    return _remove(u.clone(), w, _row_products(u, w), sums[2], view, layout, eps), view
+    return _remove(u.clone(), w, _row_products(u, w), sums[0], view, layout, eps), view
 
 
 def _testable(shape: Sequence[int], delta: float) -> bool:
     return len(shape) > 1 and delta > 0 and math.prod(shape) > 0
 
 
-def _products(g: Tensor, w: Tensor) -> Tensor:
-    # <g, w>, <g, g> and <w, w> of each row, in float32 or better: shape (3, rows).
+def _products(g: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # <g, w>, |g| and |w| of each row, in float32 or better.
     g, w = _wide(g), _wide(w)
     axes = tuple(range(1, w.dim()))
-    return torch.stack(
-        [
-            (g * w).sum(axes),
-            torch.linalg.vector_norm(g, dim=axes).square_(),
-            torch.linalg.vector_norm(w, dim=axes).square_(),
-        ]
-    )
+    return (g * w).sum(axes), torch.linalg.vector_norm(g, dim=axes), torch.linalg.vector_norm(w, dim=axes)
 
 
 def _row_products(u: Tensor, w: Tensor) -> Tensor:
@@ -479,33 +474,46 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def _views(sums: dict[int, Tensor], layouts: dict[int, Shards], delta: float, eps: float) -> dict[int, View | None]:
-    # Which view of each tensor passes the test. The sums become those of whole rows; one transfer for all tensors.
-    if not sums:
-        return {}
-    largest = []
-    for place, values in sums.items():
-        layout = layouts[place]
-        layout.sum_(values, range(1, len(layout.shape)))
-        total = layout.sum_(values.sum(1, keepdim=True), (0,))
-        cosines = _cosine(values, eps)
-        channel = layout.max_(cosines.max() if len(cosines) else cosines.new_zeros(()), (0,))
-        largest.append(torch.stack([channel, _cosine(total, eps)[0]]))
+def _views(
+    products: list[tuple[Tensor, Tensor, Tensor]],
+    counts: dict[int, int],
+    layouts: Sequence[Shards],
+    delta: float,
+    eps: float,
+) -> tuple[dict[int, Tensor], dict[int, View | None]]:
+    # The squared norm of each whole row of each tensor, and which view of the tensor passes the test. `products` are
+    # of all rows in turn, `counts` says how many are whose. One transfer from the device for all tensors.
+    if not counts:
+        return {}, {}
+    lengths = list(counts.values())
+    product, g, w = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*products, strict=True))
+    rows = torch.stack([product, g.square(), w.square()])
+    layout = layouts[next(iter(counts))] if len(counts) == 1 else Shards(())
+    layout.sum_(rows, range(1, len(layout.shape)))
+    if layout.splits:
+        product, g, w = rows[0], rows[1].sqrt(), rows[2].sqrt()
+    cosines = product.abs() / (g.clamp_min(eps) * w.clamp_min(eps))
+    if len(counts) == 1:
+        totals = rows.sum(1, keepdim=True)
+        largest = cosines.amax(0, keepdim=True) if len(cosines) else cosines.new_zeros(1)
+    else:
+        owner = torch.repeat_interleave(torch.tensor(lengths)).to(rows.device)
+        totals = rows.new_zeros(3, len(lengths)).index_add_(1, owner, rows)
+        largest = rows.new_zeros(len(lengths)).scatter_reduce_(0, owner, cosines, "amax")
+    layout.sum_(totals, (0,))
+    layout.max_(largest, (0,))
+    together = totals[0].abs() / (totals[1].sqrt().clamp_min(eps) * totals[2].sqrt().clamp_min(eps))
     views: dict[int, View | None] = {}
-    for place, (channel_cosine, layer_cosine) in zip(sums, torch.stack(largest).tolist(), strict=True):
-        size = math.prod(layouts[place].shape)
-        if channel_cosine < delta / math.sqrt(size // layouts[place].shape[0]):
+    for place, channel, layer in zip(counts, *torch.stack([largest, together]).tolist(), strict=True):
+        shape = layouts[place].shape
+        size = math.prod(shape)
+        if channel < delta / math.sqrt(size // shape[0]):
             views[place] = "channel"
-        elif layer_cosine < delta / math.sqrt(size):
+        elif layer < delta / math.sqrt(size):
             views[place] = "layer"
         else:
             views[place] = None
-    return views
-
-
-def _cosine(sums: Tensor, eps: float) -> Tensor:
-    product, g, w = sums.unbind(0)
-    return product.abs() / (g.sqrt().clamp_min(eps) * w.sqrt().clamp_min(eps))
+    return dict(zip(counts, rows[2].split(lengths), strict=True)), views
 
 
 def _remove(u: Tensor, w: Tensor, along: Tensor, norms: Tensor, view: View, layout: Shards, eps: float) -> Tensor:
@@ -513,7 +521,7 @@ def _remove(u: Tensor, w: Tensor, along: Tensor, norms: Tensor, view: View, layo
     if view == "layer":
         along, norms = layout.sum_(along.sum(0, keepdim=True)), layout.sum_(norms.sum(0, keepdim=True), (0,))
     else:
-        along = layout.sum_(along.clone(), range(1, len(layout.shape))) if layout.split() else along
+        along = layout.sum_(along.clone(), range(1, len(layout.shape))) if layout.splits else along
     part = (along / (norms.sqrt() + eps).square_()).view(-1, *[1] * (w.dim() - 1))
     if u.dtype == part.dtype == w.dtype:
         return u.addcmul_(w, part, value=-1)

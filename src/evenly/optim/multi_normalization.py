@@ -293,7 +293,7 @@ class MultiNormGD(Base):
                     f"blocks={group['blocks']} does not divide the {rows} rows of {name_of(group, place)} of shape "
                     f"{shape}."
                 )
-            if group["blocks"] > 1 and shards(param).split():
+            if group["blocks"] > 1 and shards(param).splits:
                 raise ValueError(
                     f"{name_of(group, place)} of shape {shape} is sharded, and its group has "
                     f"blocks={group['blocks']}; keep its blocks as parameters of their own, or set blocks=1."
@@ -321,15 +321,15 @@ class MultiNormGD(Base):
         decay = 1 - lr * group["weight_decay"]
         size = lr if group["maximize"] else -lr
         for param, gradient, layout in pairs:
-            if layout.split():
+            if layout.splits:
                 self._move(group, [local(param)], [gradient], layout, decay, size, param)
-        whole = [(local(param), gradient) for param, gradient, layout in pairs if not layout.split()]
+        whole = [(local(param), gradient) for param, gradient, layout in pairs if not layout.splits]
         by_shape: dict[Any, list[tuple[Tensor, Tensor]]] = {}
         for weight, gradient in whole:
             by_shape.setdefault(weight.shape, []).append((weight, gradient))
         for shape, alike in by_shape.items():
-            for job in jobs([weight for weight, _ in alike], group["foreach"] is not False):
-                places = sorted({piece.place for bucket in job for piece in bucket})
+            for job in jobs([weight for weight, _ in alike], range(len(alike)), group["foreach"] is not False):
+                places = [piece.place for piece in job[0]]
                 weights, gradients = ([alike[place][side] for place in places] for side in (0, 1))
                 self._move(group, weights, gradients, Shards(tuple(shape)), decay, size)
 
@@ -533,31 +533,29 @@ def _iterations(iters: int, name: str = "iters") -> None:
 
 
 def _sinkhorn(x: Tensor, iters: int, eps: float, layout: Shards) -> tuple[Tensor, Tensor, Tensor]:
-    # The factors (k, m, 1) and (k, 1, n) of the rows and columns of x (k, m, n), and a spare tensor like x. With
-    # Y the squares of rows of norm 1, the squared factors r, c follow r = n / (Y c), c = m / (Yᵀ r).
-    m, n = layout.shape
+    # The factors (k, m, 1) of the rows and (k, 1, n) of the columns of x (k, m, n), and a spare tensor like x. With
+    # Y the squares of rows of norm 1, the squared factors follow r = 1 / (Y c), c = 1 / (Yᵀ r) up to n and m, which
+    # come in at the end. A zero row or column has a large finite factor, and stays zero.
     norms = _row_norms(x, layout)
     inverse = torch.where(norms > eps, norms.reciprocal(), 0.0).unsqueeze(-1)
     squares = x * inverse
     squares = squares * squares if squares.requires_grad else squares.mul_(squares)
-    floor = torch.finfo(x.dtype).tiny * 16 * max(m, n)
-
-    def share(total: float, sums: Tensor) -> Tensor:
-        return torch.where(sums > floor, total / sums, 0.0)
-
-    r = torch.where(inverse.squeeze(-1) > 0, float(n), 0.0).to(x.dtype)
-    c = r.new_empty(0)
+    floor = torch.finfo(x.dtype).tiny * 16 * max(layout.shape)
+    r = torch.ones_like(norms)
+    c = r
     for done in range(iters):
         if done:
-            r = share(n, layout.sum_(_times(squares, c), (1,)))
-        c = share(m, layout.sum_(_times(squares.mT, r), (0,)))
-    return inverse * r.sqrt().unsqueeze(-1), c.sqrt().unsqueeze(-2), squares
+            r = layout.sum_(_row_sums(squares, c), (1,)).clamp_min(floor).reciprocal()
+        columns = torch.matmul(r.unsqueeze(1), squares).squeeze(1)
+        c = layout.sum_(columns, (0,)).clamp_min(floor).reciprocal()
+    return inverse * r.sqrt().unsqueeze(-1), (c * layout.shape[0]).sqrt().unsqueeze(-2), squares
 
 
-def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
-    if len(matrices) == 1:
-        return torch.mv(matrices[0], vectors[0]).unsqueeze(0)
-    return torch.matmul(matrices, vectors.unsqueeze(-1)).squeeze(-1)
+def _row_sums(squares: Tensor, c: Tensor) -> Tensor:
+    # Y c for each matrix. A batched product with a vector is slow on a CPU; one product a matrix is not.
+    if squares.device.type == "cpu":
+        return torch.stack([torch.mv(*pair) for pair in zip(squares.unbind(), c.unbind(), strict=True)])
+    return torch.matmul(squares, c.unsqueeze(-1)).squeeze(-1)
 
 
 def _row_norms(x: Tensor, layout: Shards) -> Tensor:
