@@ -94,7 +94,7 @@ OPTIMIZERS = (
         ANY,
         _ADAM_STATE,
     ),
-    OptimizerCase("SGDP", "evenly.optim:SGDP", optim.SGDP, "adamp", {}, ANY, (), _SGDP),
+    OptimizerCase("SGDP", "evenly.optim:SGDP", optim.SGDP, "adamp", {}, ANY, (), _SGDP, lr=0.3),
     OptimizerCase(
         "SGDP (Nesterov, decay)",
         "evenly.optim:SGDP",

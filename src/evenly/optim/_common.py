@@ -105,8 +105,12 @@ class Base(Optimizer):
                 params.append(param)
                 grads.append(param.grad)
             if params:
-                self._update(group, params, grads)
+                self._run(group, params, grads)
         return loss
+
+    @torch._disable_dynamo  # as torch's own: a compiled training step takes this part as it is
+    def _run(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        self._update(group, params, grads)
 
 
 def name_of(group: dict[str, Any], place: int) -> str:
