@@ -166,14 +166,17 @@ class Piece(NamedTuple):
         return tensor if self.rows is None else tensor[self.rows]
 
 
-def jobs(tensors: Sequence[Tensor], places: Iterable[int], foreach: bool) -> Iterator[list[list[Piece]]]:
+def jobs(
+    tensors: Sequence[Tensor], places: Iterable[int], foreach: bool, most: int | None = None
+) -> Iterator[list[list[Piece]]]:
     """Cut the work of a step: a job is a list of buckets, a bucket a list of pieces that are worked on at once.
 
     All pieces of a tensor are in one job, so what depends on a whole tensor is settled between two passes over the
     job's buckets. With ``foreach`` a job on a CPU is as many small tensors as fit the cache together, or the rows of
     one large tensor bucket after bucket; on another device it is all tensors of one type at once. Without
-    ``foreach`` every tensor is a job by itself.
+    ``foreach`` every tensor is a job by itself. ``most`` is the number of elements of a bucket, default ``PIECE``.
     """
+    most = PIECE if most is None else most
     groups: dict[tuple[torch.device, torch.dtype], tuple[list[Piece], list[int]]] = {}
     for place in places:
         tensor = tensors[place]
@@ -185,12 +188,12 @@ def jobs(tensors: Sequence[Tensor], places: Iterable[int], foreach: bool) -> Ite
             continue
         small, total = groups.setdefault((tensor.device, tensor.dtype), ([], [0]))
         if tensor.device.type == "cpu":
-            if size > PIECE:
+            if size > most:
                 rows = tensor.shape[0]
-                step = max(1, PIECE * rows // size)
+                step = max(1, most * rows // size)
                 yield [[Piece(place, slice(start, start + step))] for start in range(0, rows, step)]
                 continue
-            if total[0] + size > PIECE:
+            if total[0] + size > most:
                 yield [small.copy()]
                 small.clear()
                 total[0] = 0
@@ -263,7 +266,8 @@ def local_gradient(param: Tensor, grad: Tensor) -> Tensor:
 
 def _is_dtensor(tensor: Tensor) -> bool:
     # Whoever has a DTensor has imported its module; everyone else is spared half a second.
-    if type(tensor) is Tensor or type(tensor) is torch.nn.Parameter:
+    kind = type(tensor)
+    if kind is Tensor or kind is torch.nn.Parameter:
         return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)

@@ -98,15 +98,27 @@ class _Projecting(Base):
         tested = [place for place in places if _testable(layouts[place].shape, group["delta"])]
         products: list[tuple[Tensor, Tensor, Tensor]] = []
         counts = dict.fromkeys(tested, 0)
+        known: dict[int, tuple[View | None, Tensor]] = {}
         self._count(group, [states[place] for place in places])
         for bucket in job:
             gradients = self._gradients(group, bucket, g)
             self._accumulate(group, bucket, gradients, states)
+            if len(job) == 1 and counts:
+                pairs = {
+                    piece.place: (gradient, w[piece.place])
+                    for piece, gradient in zip(bucket, gradients, strict=True)
+                    if piece.place in counts and not layouts[piece.place].splits
+                }
+                known = _seen_by_a_row(pairs, group["delta"], group["eps"])
+                for place in known:
+                    del counts[place]
             for piece, gradient in zip(bucket, gradients, strict=True):
                 if piece.place in counts:
                     products.append(_products(gradient, piece.of(w[piece.place])))
                     counts[piece.place] += len(products[-1][0])
         sums, views = _views(products, counts, layouts, group["delta"], group["eps"])
+        for place, (view, norms) in known.items():
+            views[place], sums[place] = view, norms
         for place in places:
             counted = views.get(place) or "none"
             self._counts[counted] = self._counts.get(counted, 0) + 1
@@ -260,11 +272,9 @@ class AdamP(_Projecting):
             state["step"] = torch.tensor(0.0)
             state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-        return {
-            "step": state["step"],
-            "exp_avg": local(state["exp_avg"]),
-            "exp_avg_sq": local(state["exp_avg_sq"]),
-        }
+        if type(param) is torch.nn.Parameter:
+            return state  # no DTensor
+        return {key: local(value) for key, value in state.items()}
 
     def _count(self, group: dict[str, Any], states: list[dict[str, Tensor]]) -> None:
         torch._foreach_add_([state["step"] for state in states], 1.0)
@@ -514,6 +524,39 @@ def _views(
         else:
             views[place] = None
     return dict(zip(counts, rows[2].split(lengths), strict=True)), views
+
+
+def _seen_by_a_row(
+    pairs: dict[int, tuple[Tensor, Tensor]], delta: float, eps: float
+) -> dict[int, tuple[View | None, Tensor]]:
+    # A shortcut on a CPU: tensors whose first row alone fails the test of the channels need only the whole tensor's
+    # products, which cost no temporary. Returns their view and squared norm.
+    tried = {
+        place: (g, w)
+        for place, (g, w) in pairs.items()
+        if w.device.type == "cpu" and w.dtype is g.dtype is torch.float32 and w.is_contiguous() and g.is_contiguous()
+    }
+    failed = []
+    heads = [(g[0].view(-1), w[0].view(-1)) for g, w in tried.values()]
+    for place, (_, w), cosine in zip(tried, heads, _cosines(heads, eps), strict=True):
+        if cosine >= delta / math.sqrt(len(w)):
+            failed.append(place)
+    flat = [(g.view(-1), w.view(-1)) for g, w in (tried[place] for place in failed)]
+    cosines = _cosines(flat, eps)
+    seen: dict[int, tuple[View | None, Tensor]] = {}
+    for place, (_, w), cosine in zip(failed, flat, cosines, strict=True):
+        layer = cosine < delta / math.sqrt(len(w))
+        seen[place] = ("layer", torch.dot(w, w).view(1)) if layer else (None, w[:0])
+    return seen
+
+
+def _cosines(pairs: list[tuple[Tensor, Tensor]], eps: float) -> list[float]:
+    if not pairs:
+        return []
+    g, w = ([pair[side] for pair in pairs] for side in (0, 1))
+    products = torch.stack([torch.dot(a, b) for a, b in pairs]).abs_()
+    norms = (torch.stack(list(torch._foreach_norm(side))).clamp_min_(eps) for side in (g, w))
+    return (products / math.prod(norms)).tolist()
 
 
 def _remove(u: Tensor, w: Tensor, along: Tensor, norms: Tensor, view: View, layout: Shards, eps: float) -> Tensor:

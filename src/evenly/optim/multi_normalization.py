@@ -72,6 +72,9 @@ __all__ = [
 Projection = Callable[[Tensor], Tensor]
 _LEAST = 1e-30
 
+#: Elements of small matrices of one shape that are stacked on a CPU; larger stacks leave the cache.
+STACK = 1 << 18
+
 
 def project_row_rms(x: Tensor) -> Tensor:
     """Give every row of (..., m, n) the norm √n: the projection of the largest row norm. A zero row stays zero.
@@ -328,7 +331,7 @@ class MultiNormGD(Base):
         for weight, gradient in whole:
             by_shape.setdefault(weight.shape, []).append((weight, gradient))
         for shape, alike in by_shape.items():
-            for job in jobs([weight for weight, _ in alike], range(len(alike)), group["foreach"] is not False):
+            for job in jobs([weight for weight, _ in alike], range(len(alike)), group["foreach"] is not False, STACK):
                 places = [piece.place for piece in job[0]]
                 weights, gradients = ([alike[place][side] for place in places] for side in (0, 1))
                 self._move(group, weights, gradients, Shards(tuple(shape)), decay, size)
@@ -477,7 +480,8 @@ class SWAN(MultiNormGD):
     Args:
         params, lr, momentum, weight_decay, maximize, foreach: as in :class:`MultiNormGD`.
         iters: rounds of both projections; 1.
-        method, newton_iters: how :func:`project_spectral` works; ``"newton"``, 5.
+        method, newton_iters: how :func:`project_spectral` works; ``"newton"``, 4, which leaves random square
+            matrices nearer to equal singular values than ten coupled Newton-Schulz iterations, the usual number.
         skip_nonfinite, betas, adam_eps: as in :class:`MultiNormGD`.
 
     Raises:
@@ -499,7 +503,7 @@ class SWAN(MultiNormGD):
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         method: Literal["newton", "svd"] = "newton",
-        newton_iters: int = 5,
+        newton_iters: int = 4,
         *,
         skip_nonfinite: bool = False,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -549,17 +553,14 @@ def _sinkhorn(x: Tensor, iters: int, eps: float, layout: Shards) -> tuple[Tensor
     c = r
     for done in range(iters):
         if done:
-            r = layout.sum_(_row_sums(squares, c), (1,)).clamp_min(floor).reciprocal()
-        columns = torch.matmul(r.unsqueeze(1), squares).squeeze(1)
-        c = layout.sum_(columns, (0,)).clamp_min(floor).reciprocal()
+            r = layout.sum_(_row_times(c, squares.mT), (1,)).clamp_min(floor).reciprocal()
+        c = layout.sum_(_row_times(r, squares), (0,)).clamp_min(floor).reciprocal()
     return inverse * r.sqrt().unsqueeze(-1), (c * layout.shape[0]).sqrt().unsqueeze(-2), squares
 
 
-def _row_sums(squares: Tensor, c: Tensor) -> Tensor:
-    # Y c for each matrix. A batched product with a vector is slow on a CPU; one product a matrix is not.
-    if squares.device.type == "cpu":
-        return torch.stack([torch.mv(*pair) for pair in zip(squares.unbind(), c.unbind(), strict=True)])
-    return torch.matmul(squares, c.unsqueeze(-1)).squeeze(-1)
+def _row_times(rows: Tensor, matrices: Tensor) -> Tensor:
+    # (k, m) times (k, m, n). On a CPU a batched product is fast with the vector on this side, slow on the other.
+    return torch.matmul(rows.unsqueeze(1), matrices).squeeze(1)
 
 
 def _row_norms(x: Tensor, layout: Shards) -> Tensor:
@@ -579,25 +580,26 @@ def _row_norms(x: Tensor, layout: Shards) -> Tensor:
 def _polar(x: Tensor, iters: int) -> Tensor:
     # U Vᵀ of x (..., m, n), m <= n, largest entry 1. The Schatten-4 norm, at hand from the Gram matrix, bounds the
     # spectral one; below twice as long as wide the matrix is iterated, else only its Gram matrix.
+    shape = x.shape
+    x = x.reshape(-1, *shape[-2:])
     gram = x @ x.mT
     bound = torch.linalg.matrix_norm(gram, keepdim=True).sqrt() * 1.0001
     bound = torch.where(bound > 0, bound, 1.0)
     x, gram = x / bound, gram / bound.square()
-    coefficients = _minimax(iters)
-    if x.shape[-1] < 2 * x.shape[-2]:
-        for k, (a, b, c) in enumerate(coefficients):
-            gram = x @ x.mT if k else gram
-            x = a * x + (b * gram + c * (gram @ gram)) @ x
-        return x
-    eye = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
-    total = eye
-    for k, (a, b, c) in enumerate(coefficients):
-        factor = a * eye + b * gram + c * (gram @ gram)
+    total = gram
+    near_square = shape[-1] < 2 * shape[-2]
+    for k, (a, b, c) in enumerate(_minimax(iters)):
+        if k and near_square:
+            gram = x @ x.mT
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b G + c G G, and a on the diagonal
+        if near_square:
+            x = torch.baddbmm(x, factor, x, beta=a)
+            continue
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)
         total = factor @ total if k else factor
         if k + 1 < iters:
-            gram = factor @ gram @ factor
-            gram = (gram + gram.mT) / 2
-    return total @ x
+            gram = factor @ (gram @ factor)
+    return (x if near_square else total @ x).reshape(shape)
 
 
 @functools.lru_cache(maxsize=16)
