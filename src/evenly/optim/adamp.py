@@ -29,6 +29,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
 from evenly.optim._common import (
@@ -99,10 +100,8 @@ class _Projecting(Base):
         products: list[tuple[Tensor, Tensor, Tensor]] = []
         counts = dict.fromkeys(tested, 0)
         known: dict[int, tuple[View | None, Tensor]] = {}
-        self._count(group, [states[place] for place in places])
         for bucket in job:
-            gradients = self._gradients(group, bucket, g)
-            self._accumulate(group, bucket, gradients, states)
+            gradients = [piece.of(g[piece.place]) for piece in bucket]
             if len(job) == 1 and counts:
                 pairs = {
                     piece.place: (gradient, w[piece.place])
@@ -123,6 +122,11 @@ class _Projecting(Base):
             counted = views.get(place) or "none"
             self._counts[counted] = self._counts.get(counted, 0) + 1
 
+        if self._in_one_pass(group, places, w, g, states, layouts, views, sums):
+            return
+        self._count([states[place] for place in places])
+        for bucket in job:
+            self._accumulate(group, bucket, self._gradients(group, bucket, g), states)
         # What a whole tensor's radial part depends on is found in a pass of its own if the tensor is in pieces.
         radial: dict[int, Tensor] = {}
         if len(job) > 1 and views.get(places[0]) == "layer":
@@ -168,7 +172,21 @@ class _Projecting(Base):
         """The state of a parameter, made where there is none; local tensors."""
         raise TypeError("write _state in the subclass")
 
-    def _count(self, group: dict[str, Any], states: list[dict[str, Tensor]]) -> None:
+    def _in_one_pass(
+        self,
+        group: dict[str, Any],
+        places: list[int],
+        w: list[Tensor],
+        g: list[Tensor],
+        states: list[dict[str, Tensor]],
+        layouts: list[Shards],
+        views: dict[int, View | None],
+        sums: dict[int, Tensor],
+    ) -> bool:
+        """Take the whole step of these tensors with a fused kernel, if there is one for them."""
+        return False
+
+    def _count(self, states: list[dict[str, Tensor]]) -> None:
         """Count a step of these parameters."""
 
     def _accumulate(self, group: dict[str, Any], bucket: list[Piece], g: list[Tensor], states: list[Any]) -> None:
@@ -276,7 +294,67 @@ class AdamP(_Projecting):
             return state  # no DTensor
         return {key: local(value) for key, value in state.items()}
 
-    def _count(self, group: dict[str, Any], states: list[dict[str, Tensor]]) -> None:
+    def _in_one_pass(
+        self,
+        group: dict[str, Any],
+        places: list[int],
+        w: list[Tensor],
+        g: list[Tensor],
+        states: list[dict[str, Tensor]],
+        layouts: list[Shards],
+        views: dict[int, View | None],
+        sums: dict[int, Tensor],
+    ) -> bool:
+        # torch's fused kernel for CPUs. What is not projected is AdamW's step; else the kernel gets zeros for the
+        # weights and a learning rate of 1, and leaves the negative update there.
+        tensors = [t for place in places for t in (w[place], g[place], *states[place].values())]
+        if group["nesterov"] or any(t.device.type != "cpu" or not t.is_contiguous() for t in tensors):
+            return False
+        lr = number("lr", group["lr"])
+        plain = [place for place in places if not views.get(place)]
+        self._fused(group, [w[place] for place in plain], plain, g, states, lr, group["weight_decay"])
+        projected = [place for place in places if views.get(place)]
+        updates = [torch.zeros_like(w[place]) for place in projected]
+        self._fused(group, updates, projected, g, states, 1.0, 0.0)
+        for place, update in zip(projected, updates, strict=True):
+            view = views[place]
+            assert view is not None
+            along = _row_products(update, w[place])
+            update = _remove(update, w[place], along, sums[place], view, layouts[place], group["eps"])
+            w[place].mul_(1 - lr * group["weight_decay"] * group["wd_ratio"]).add_(update, alpha=lr)
+        return True
+
+    def _fused(
+        self,
+        group: dict[str, Any],
+        targets: list[Tensor],
+        places: list[int],
+        g: list[Tensor],
+        states: list[dict[str, Tensor]],
+        lr: float,
+        weight_decay: float,
+    ) -> None:
+        if not targets:
+            return
+        beta1, beta2 = group["betas"]
+        adamw(
+            targets,
+            [g[place] for place in places],
+            [states[place]["exp_avg"] for place in places],
+            [states[place]["exp_avg_sq"] for place in places],
+            [],
+            [states[place]["step"] for place in places],
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=lr,
+            weight_decay=weight_decay,
+            eps=group["eps"],
+            maximize=group["maximize"],
+        )
+
+    def _count(self, states: list[dict[str, Tensor]]) -> None:
         torch._foreach_add_([state["step"] for state in states], 1.0)
 
     def _accumulate(self, group: dict[str, Any], bucket: list[Piece], g: list[Tensor], states: list[Any]) -> None:
