@@ -232,7 +232,9 @@ class AdamP(_Projecting):
         nesterov: use Nesterov's update; False.
         maximize: maximize the objective; False.
         foreach: work on many tensors, and on pieces of large ones that stay in the cache, at once. ``None``
-            (default) means True; False takes one tensor after the other and gives the same up to rounding.
+            (default) means True; False takes one tensor after the other and gives the same up to rounding. On a
+            CPU the moments are brought up to date by the fused kernel of ``torch.optim.AdamW``, except with
+            ``nesterov``.
 
     Attributes:
         projected: how many tensors the last step projected by ``"channel"``, by ``"layer"``, and left (``"none"``).

@@ -358,8 +358,7 @@ class MultiNormGD(Base):
             directions = _unstack(self._direction(group, x, layout), group)
         if decay != 1:
             torch._foreach_mul_(weights, decay)
-        for weight, direction in zip(weights, directions, strict=True):
-            weight.add_(direction, alpha=size)
+        torch._foreach_add_(weights, directions, alpha=size)
 
     def _splits(self) -> bool:
         """Whether :meth:`_direction` can work on shards."""
@@ -649,6 +648,10 @@ def _best_odd(low: float, high: float) -> tuple[tuple[float, float, float], floa
 
 def _stack(gradients: Iterable[Tensor], group: dict[str, Any]) -> Tensor:
     # (k, m, n) of gradients of one shape: float32 or better, out first, blocks apart. May share their memory.
+    if group["blocks"] == 1 and not group["transpose"]:
+        gradients = list(gradients)
+        x = gradients[0].unsqueeze(0) if len(gradients) == 1 else torch.stack(gradients)
+        return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     seen = []
     for gradient in gradients:
         matrix = gradient.t() if group["transpose"] else gradient
@@ -658,6 +661,8 @@ def _stack(gradients: Iterable[Tensor], group: dict[str, Any]) -> Tensor:
 
 
 def _unstack(x: Tensor, group: dict[str, Any]) -> list[Tensor]:
+    if group["blocks"] == 1 and not group["transpose"]:
+        return list(x.unbind())
     matrices = [part.flatten(0, 1) for part in x.split(group["blocks"])]
     return [matrix.t() for matrix in matrices] if group["transpose"] else matrices
 
