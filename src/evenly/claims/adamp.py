@@ -85,8 +85,13 @@ def judge(results: Results) -> Judgement:
     gain = statistics.mean(gains)
     ratio = statistics.median(ratios)
     sides = (f"SGD, lr {middle:g}", f"SGDP, lr {middle:g}")
+    growth = [statistics.median(run["norms"][-1] - run["norms"][0] for run in side) for side in (sgd, sgdp)]
     if ratio < 2:
-        why = "At this learning rate and length of training, momentum does not make the kernels twice as long."
+        why = (
+            f"The squared norm starts near {sgd[0]['norms'][0]:.0f} and grows by {growth[0]:.1f} under SGD and by "
+            f"{growth[1]:.1f} under SGDP: the growth is stopped, but this training is too short for it to double the "
+            f"whole at this learning rate."
+        )
     else:
         why = "The norms differ as the paper says, and the digits are classified no better for it."
     return Judgement(
