@@ -103,6 +103,65 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
     terminal.pairs("evenly doctor", doctor_.render(facts))
 
 
+@app.command()
+def compare(
+    norms: Annotated[
+        str | None, typer.Option(help="Names with commas between, or module:attribute. [default: all that fit]")
+    ] = None,
+    data: Annotated[
+        str, typer.Option(help="digits, breast_cancer, mnist:DIR, folder:DIR or csv:FILE:TARGET.")
+    ] = "digits",
+    ood: Annotated[str | None, typer.Option(help="Second data of the same classes: train here, test there.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="resnet, mlp or module:factory. [default: resnet for images, else mlp]")
+    ] = None,
+    batch_sizes: Annotated[str | None, typer.Option(help="With commas between. [default: 4,64]")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="How many. [default: 3]")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training set. [default: 4]")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate. [default: 0.1 * sqrt(batch size / 64), searched around]")
+    ] = None,
+    tune: Annotated[
+        bool | None,
+        typer.Option("--tune/--no-tune", help="Search the learning rate. [default: yes, unless --lr or --quick]"),
+    ] = None,
+    rank_by: Annotated[str, typer.Option(help="mpc, clean, rpc, worst, domain or ood.")] = "mpc",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    engine: Annotated[str, typer.Option(help="local or ray.")] = "local",
+    address: Annotated[str | None, typer.Option(help="Address of a running Ray cluster.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Trials at a time. [default: one a core]")] = None,
+    out: Annotated[Path, typer.Option(help="Output folder; give it again to go on.")] = Path("evenly-compare"),
+    quick: Annotated[bool, typer.Option("--quick", help="A first look in half a minute.")] = False,
+) -> None:
+    """Which normalization should I use for my model and my data? Train with each, and rank them."""
+    import shlex
+    import sys
+
+    from evenly.workbench import StoreError
+    from evenly.workbench import compare as run
+
+    with _usage(ValueError, ImportError, ConnectionError, OSError, StoreError), _interruptible():
+        run(
+            None if norms is None else _commas(norms),
+            data=data,
+            ood=ood,
+            model=model,
+            batch_sizes=None if batch_sizes is None else _integers("--batch-sizes", batch_sizes),
+            seeds=seeds,
+            epochs=epochs,
+            lr=lr,
+            tune=tune,
+            rank_by=rank_by,
+            device=device,
+            engine=engine,
+            address=address,
+            workers=workers,
+            out=out,
+            quick=quick,
+            command=shlex.join(["evenly", *sys.argv[1:]]),
+        )
+
+
 @contextlib.contextmanager
 def _usage(*errors: type[Exception]) -> Iterator[None]:
     # A wrong argument ends with its message and exit code 2, without a traceback.
@@ -117,6 +176,26 @@ def _print_json(value: object) -> None:
     import json
 
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    # Ctrl-C: the library has said how to go on; the exit code is the shell's for an interrupt.
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def _commas(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _integers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in _commas(text)]
+    except ValueError as error:
+        raise typer.BadParameter(f"{option} is {text!r}, expected whole numbers with commas between") from error
 
 
 def main() -> None:

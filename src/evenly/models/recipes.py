@@ -1,0 +1,148 @@
+"""The normalizations that a model can be built with: one row each.
+
+A recipe says which layer stands where a network normalizes, and what is done to the whole network besides
+(``prepare``), such as standardizing its convolution weights. The networks of :mod:`evenly.models` and the
+command ``evenly compare`` take every row of :data:`RECIPES`; a new method adds one row and appears in both.
+
+``"frozen"`` and ``"sync"`` of :func:`evenly.nn.create` have no row: frozen batch normalization needs the
+statistics of a trained network, and synchronized batch normalization needs a process group.
+
+Reference: group normalization with weight standardization is the recipe of Qiao et al. 2019,
+arXiv:1903.10520.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+
+from torch import nn
+
+__all__ = ["RECIPES", "Layer", "Recipe", "recipe", "recipes_for"]
+
+Layer = str | Callable[[int], nn.Module]
+"""A name that :func:`evenly.nn.create` knows, or a callable from the number of features to a module."""
+
+KINDS = ("image", "tabular")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to normalize a network.
+
+    Args:
+        name: how users call it, in ``norm=`` and ``--norms``.
+        layer: the layer in the places where the network normalizes: a name for :func:`evenly.nn.create`, or
+            a callable that takes the number of features (channels, axis 1) and returns a module.
+        prepare: called with the finished network; changes it in place or returns another one. ``None``:
+            nothing more to do.
+        kinds: the inputs it is for: ``"image"`` (N, C, H, W) and ``"tabular"`` (N, C).
+        description: one line for the report.
+    """
+
+    name: str
+    layer: Layer
+    prepare: Callable[[nn.Module], nn.Module] | None = None
+    kinds: tuple[str, ...] = KINDS
+    description: str = ""
+
+    def build(self, num_features: int) -> nn.Module:
+        """The layer for inputs with ``num_features`` channels in axis 1.
+
+        >>> recipe("batch").build(8).weight.shape
+        torch.Size([8])
+        """
+        if isinstance(self.layer, str):
+            from evenly.nn import create
+
+            return create(self.layer, num_features)
+        return self.layer(num_features)
+
+    def finish(self, model: nn.Module) -> nn.Module:
+        """Apply ``prepare`` to a finished network and return the network."""
+        return model if self.prepare is None else self.prepare(model)
+
+
+def _weight_standardize(model: nn.Module) -> nn.Module:
+    from evenly.weights import weight_standardize_
+
+    weight_standardize_(model)
+    return model
+
+
+_ROWS = (
+    Recipe("none", "none", description="no normalization"),
+    Recipe("batch", "batch", description="one statistic a channel, over the batch and all positions"),
+    Recipe("layer", "layer", description="one statistic a sample, over all channels and positions"),
+    Recipe("group", "group", description="one statistic a sample and group of channels"),
+    Recipe(
+        "group+ws",
+        "group",
+        _weight_standardize,
+        kinds=("image",),
+        description="group normalization, with standardized convolution weights",
+    ),
+    Recipe("instance", "instance", kinds=("image",), description="one statistic a sample and channel"),
+    Recipe("rms", "rms", description="as layer, dividing by the root mean square without centring"),
+    Recipe("scale", "scale", description="the vector of a sample divided by its length, times one gain"),
+)
+
+RECIPES: dict[str, Recipe] = {row.name: row for row in _ROWS}
+"""Every recipe by name, in the order of the tables."""
+
+
+def recipe(norm: str | Recipe | Callable[[int], nn.Module]) -> Recipe:
+    """The recipe for a name, an import path or a callable.
+
+    Args:
+        norm: a name in :data:`RECIPES`; ``"module:attribute"``, where the attribute is a :class:`Recipe` or
+            a callable from the number of features to a module; or such a callable itself.
+
+    Raises:
+        ValueError: the name is unknown (the message lists the known ones), or the path does not lead to a
+            recipe or a callable.
+
+    >>> recipe("group+ws").layer
+    'group'
+    >>> recipe("torch.nn:BatchNorm2d").build(3)
+    BatchNorm2d(3, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+    """
+    if isinstance(norm, Recipe):
+        return norm
+    if callable(norm):
+        return Recipe(getattr(norm, "__name__", repr(norm)), norm)
+    if norm in RECIPES:
+        return RECIPES[norm]
+    module, _, attribute = norm.partition(":")
+    if not attribute:
+        raise ValueError(
+            f"unknown normalization {norm!r}: known are {', '.join(RECIPES)}; "
+            "or give your own as 'module:attribute', a callable from the number of features to a module"
+        )
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"normalization {norm!r} cannot be imported: {error}") from error
+    if isinstance(found, Recipe):
+        return found
+    if not callable(found):
+        raise ValueError(f"normalization {norm!r} is {found!r}, neither a Recipe nor a callable")
+    return Recipe(norm, found, description=f"{module}:{attribute}")
+
+
+def recipes_for(kind: str) -> list[str]:
+    """The names of the recipes for inputs of a kind.
+
+    Args:
+        kind: ``"image"`` or ``"tabular"``.
+
+    Raises:
+        ValueError: another kind.
+
+    >>> "instance" in recipes_for("tabular")
+    False
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
+    return [name for name, row in RECIPES.items() if kind in row.kinds]

@@ -1,0 +1,218 @@
+"""The charts of the report as SVG text. Colours and fonts are classes of the page, so they follow its light or dark
+scheme; nothing is drawn in pixels and nothing is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+__all__ = ["Series", "bars", "curves", "dumbbell", "slopes"]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line or bar: a name, its colour class (``s0``..``s5``), and points (x, y)."""
+
+    name: str
+    colour: str
+    points: Sequence[tuple[float, float]]
+    faint: Sequence[Sequence[tuple[float, float]]] = ()
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers that cover ``low``..``high``.
+
+    >>> ticks(43, 97)
+    [40, 60, 80, 100]
+    """
+    if not high > low:
+        high = low + 1
+    raw = (high - low) / count
+    power = 10 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
+    first = math.floor(low / step + 1e-9)
+    last = math.ceil(high / step - 1e-9)
+    values = [index * step for index in range(first, last + 1)]
+    return [int(v) if float(v).is_integer() else round(v, 10) for v in values]
+
+
+def dumbbell(rows: Sequence[tuple[str, tuple[float, float], tuple[float, float]]], labels: tuple[str, str]) -> str:
+    """Two values a row with their spreads, joined by a line: clean accuracy and mPC of each normalization.
+
+    Args:
+        rows: name, (mean, spread) of the first value, (mean, spread) of the second, in percent; NaN is left out.
+        labels: names of the two values.
+    """
+    left, right, top, pitch, width = 104, 56, 30, 30, 860
+    height = top + pitch * len(rows) + 34
+    numbers = [v for _, a, b in rows for m, s in (a, b) if m == m for v in (m - _zero(s), m + _zero(s))]
+    marks = ticks(min(numbers, default=0), max(numbers, default=100))
+    x = _scale(marks[0], marks[-1], left, width - right)
+    out = [_open(width, height, f"{labels[0]} and {labels[1]} of each normalization, in percent")]
+    for value in marks:
+        out.append(_line(x(value), top - 8, x(value), top + pitch * len(rows), "grid"))
+        out.append(_text(x(value), height - 14, f"{value:g}", "tick", "middle"))
+    for index, (name, (a, da), (b, db)) in enumerate(rows):
+        y = top + pitch * index + pitch / 2
+        out.append(_text(left - 14, y + 4, name, "label", "end"))
+        if a == a and b == b:
+            out.append(_line(x(a), y, x(b), y, "link"))
+        for value, spread, kind in ((b, db, "robust"), (a, da, "clean")):
+            if value != value:
+                continue
+            if spread == spread:
+                out.append(_line(x(value - spread), y, x(value + spread), y, f"spread {kind}"))
+            tip = f"{name}: {labels[kind == 'robust']} {value:.1f} %"
+            if spread == spread:
+                tip += f" ± {spread:.1f}"
+            out.append(_mark(x(value), y, kind, tip))
+        last = max((v + _zero(s) for v, s in ((a, da), (b, db)) if v == v), default=math.nan)
+        if last == last:
+            out.append(_text(x(last) + 12, y + 4, f"{a:.1f}" if a == a else "", "value"))
+    out.append("</svg>")
+    return "".join(out)
+
+
+def slopes(
+    name: str,
+    sizes: Sequence[int],
+    first: Sequence[Sequence[float]],
+    second: Sequence[Sequence[float]],
+    low: float,
+    labels: tuple[str, str],
+) -> str:
+    """Accuracy against batch size for one normalization: a dot a seed, a line through the means.
+
+    Args:
+        name: of the normalization.
+        sizes: batch sizes.
+        first, second: for each batch size, the values of the seeds in percent.
+        low: lower end of the axis, the same for all panels.
+        labels: names of the two.
+    """
+    left, right, top, bottom, width, height = 34, 12, 12, 24, 200, 170
+    y = _scale(low, 100, height - bottom, top)
+    x = _scale(-0.35, len(sizes) - 0.65, left, width - right)
+    out = [_open(width, height, f"{name}: accuracy by batch size")]
+    for value in ticks(low, 100, 4):
+        if low <= value <= 100:
+            out.append(_line(left, y(value), width - right, y(value), "grid"))
+            out.append(_text(left - 6, y(value) + 3.5, f"{value:g}", "tick", "end"))
+    for index, size in enumerate(sizes):
+        out.append(_text(x(index), height - 7, str(size), "tick", "middle"))
+    for kind, label, groups in (("robust", labels[1], second), ("clean", labels[0], first)):
+        means = [(x(i), y(sum(g) / len(g))) for i, g in enumerate(groups) if g]
+        if len(means) > 1:
+            out.append(_path(means, f"line {kind}"))
+        for i, group in enumerate(groups):
+            for value in group:
+                out.append(_mark(x(i), y(value), kind, f"{name}, batch {sizes[i]}: {label} {value:.1f} %", 3.2))
+    out.append("</svg>")
+    return "".join(out)
+
+
+def curves(name: str, series: Sequence[Series], low: float, high: float) -> str:
+    """Training loss (logarithmic) against the share of the training, for one normalization.
+
+    Args:
+        name: of the normalization.
+        series: one for each batch size: mean curve, and one faint curve a seed.
+        low, high: ends of the loss axis, the same for all panels.
+    """
+    left, right, top, bottom, width, height = 40, 10, 12, 24, 200, 160
+    y = _scale(math.log10(low), math.log10(high), height - bottom, top)
+    x = _scale(0, 1, left, width - right)
+    out = [_open(width, height, f"{name}: training loss")]
+    decades = range(math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9) + 1)
+    for decade in decades:
+        at = y(decade)
+        out.append(_line(left, at, width - right, at, "grid"))
+        out.append(_text(left - 6, at + 3.5, f"{10.0**decade:g}", "tick", "end"))
+    for share in (0, 0.5, 1):
+        anchor = "start" if share == 0 else "end" if share == 1 else "middle"
+        out.append(_text(x(share), height - 7, f"{100 * share:.0f} %", "tick", anchor))
+
+    def place(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+        return [(x(share), y(math.log10(min(max(loss, low), high)))) for share, loss in points if loss == loss]
+
+    for each in series:
+        for faint in each.faint:
+            out.append(_path(place(faint), f"faint {each.colour}"))
+    for each in series:
+        out.append(_path(place(each.points), f"line {each.colour}", each.name))
+    out.append("</svg>")
+    return "".join(out)
+
+
+def bars(rows: Sequence[tuple[str, Sequence[float]]], names: Sequence[str], unit: str, digits: int) -> str:
+    """Horizontal bars, one for each normalization and batch size.
+
+    Args:
+        rows: name and one value for each of ``names``; NaN is left out.
+        names: of the batch sizes.
+        unit: of the values.
+        digits: decimals of the labels.
+    """
+    left, right, top, thick, gap, width = 88, 66, 4, 11, 12, 410
+    block = thick * len(names) + gap
+    height = top + block * len(rows)
+    most = max((v for _, values in rows for v in values if v == v), default=1) or 1
+    x = _scale(0, most, left, width - right)
+    out = [_open(width, height, f"{unit} of each normalization")]
+    for index, (name, values) in enumerate(rows):
+        y0 = top + block * index
+        out.append(_text(left - 10, y0 + thick * len(names) / 2 + 4, name, "label", "end"))
+        for which, value in enumerate(values):
+            if value != value:
+                continue
+            y = y0 + thick * which
+            length = max(1.5, x(value) - left)
+            tip = f"{name}, {names[which]}: {value:.{digits}f} {unit}"
+            out.append(
+                f'<rect class="bar s{which % 6}" x="{left}" y="{y + 1:.1f}" width="{length:.1f}" '
+                f'height="{thick - 2}" rx="2"><title>{escape(tip)}</title></rect>'
+            )
+            out.append(_text(left + length + 6, y + thick - 2.5, f"{value:.{digits}f}", "tick"))
+    out.append("</svg>")
+    return "".join(out)
+
+
+def _zero(value: float) -> float:
+    return value if value == value else 0.0
+
+
+def _scale(low: float, high: float, start: float, end: float):  # type: ignore[no-untyped-def]
+    span = (high - low) or 1.0
+    return lambda value: start + (value - low) / span * (end - start)
+
+
+def _open(width: float, height: float, label: str) -> str:
+    return f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label, quote=True)}">'
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
+    return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+
+
+def _text(x: float, y: float, text: str, kind: str, anchor: str = "start") -> str:
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _path(points: Sequence[tuple[float, float]], kind: str, tip: str = "") -> str:
+    if not points:
+        return ""
+    shape = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+    title = f"<title>{escape(tip)}</title>" if tip else ""
+    return f'<path class="{kind}" d="{shape}">{title}</path>'
+
+
+def _mark(x: float, y: float, kind: str, tip: str, size: float = 5.5) -> str:
+    # Clean is a disc and robust a diamond: told apart without colour.
+    title = f"<title>{escape(tip)}</title>"
+    if kind == "clean":
+        return f'<circle class="mark clean" cx="{x:.1f}" cy="{y:.1f}" r="{size:g}">{title}</circle>'
+    s = size * 1.15
+    shape = f"M{x:.1f} {y - s:.1f}l{s:.1f} {s:.1f}l{-s:.1f} {s:.1f}l{-s:.1f} {-s:.1f}z"
+    return f'<path class="mark robust" d="{shape}">{title}</path>'

@@ -1,0 +1,523 @@
+"""Which normalization should I use for my model and my data? Answered by measuring.
+
+:func:`compare` trains a network with every normalization, at several batch sizes and from several seeds, each at a
+learning rate found on the same budget; tests each on clean data, under 15 corruptions at 5 severities and on
+shifted domains; and ranks them, with ties where the difference is smaller than the spread. ``evenly compare`` is
+the same on the command line.
+
+Everything is kept in the output folder: ``trials.sqlite`` (every trial), ``report.html``, ``cache/`` (corrupted
+test sets; may be deleted). Started again with the same folder, finished trials are loaded and not run again, and
+failed ones are tried again.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from evenly.workbench.engines import LocalEngine, Outcome, make_engine
+from evenly.workbench.metrics import METRICS, Arm, finding, summarize
+from evenly.workbench.progress import Watch, ranking_table
+from evenly.workbench.sets import data_hash, evaluation_sets, load_data
+from evenly.workbench.store import Store
+from evenly.workbench.trial import (
+    TrialFailure,
+    TrialSettings,
+    code_version,
+)
+from evenly.workbench.tune import choose, default_lr, grid
+
+__all__ = ["Comparison", "compare"]
+
+DEFAULT_BATCH_SIZES = (4, 64)
+DEFAULT_SEEDS = 3
+DEFAULT_EPOCHS = 4
+QUICK_SEEDS = 2
+QUICK_EPOCHS = 2
+QUICK_BATCH_SIZES = (16, 64)
+QUICK_SEVERITIES = (1, 3, 5)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The result of :func:`compare`.
+
+    Attributes:
+        arms: the normalizations, best first; see :class:`evenly.workbench.metrics.Arm`.
+        finding: what was found and how sure it is, in one sentence.
+        metric: what they are ranked by.
+        trials: every planned trial with its outcome, the search for learning rates included.
+        loaded: number of trials that came out of the store.
+        seconds: wall time.
+        out: the output folder.
+        report: the HTML report.
+    """
+
+    arms: tuple[Arm, ...]
+    finding: str
+    metric: str
+    trials: tuple[tuple[TrialSettings, Outcome], ...]
+    loaded: int
+    seconds: float
+    out: Path
+    report: Path
+
+    @property
+    def failed(self) -> tuple[tuple[TrialSettings, TrialFailure], ...]:
+        """The trials that failed, with their errors."""
+        return tuple((s, outcome) for s, outcome in self.trials if isinstance(outcome, TrialFailure))
+
+    def frame(self) -> Any:
+        """A :class:`pandas.DataFrame`, one row a normalization, batch size and seed."""
+        import pandas as pd
+
+        rows = []
+        for arm in self.arms:
+            for cell in arm.cells:
+                seeds = sorted({seed for table in cell.scores.values() for seed in table} | cell.errors.keys())
+                for seed in seeds:
+                    row: dict[str, Any] = {"rank": arm.rank, "norm": arm.norm, "batch_size": cell.batch_size}
+                    row |= {"seed": seed, "lr": cell.lr, "diverged": seed in cell.diverged}
+                    row |= {metric: table.get(seed, math.nan) for metric, table in cell.scores.items()}
+                    row["error"] = cell.errors.get(seed)
+                    rows.append(row)
+        return pd.DataFrame(rows)
+
+
+def compare(
+    norms: Sequence[str] | None = None,
+    *,
+    data: str = "digits",
+    ood: str | None = None,
+    model: str | None = None,
+    batch_sizes: Sequence[int] | None = None,
+    seeds: int | None = None,
+    epochs: int | None = None,
+    lr: float | None = None,
+    tune: bool | None = None,
+    device: str = "cpu",
+    engine: str = "local",
+    address: str | None = None,
+    workers: int | None = None,
+    out: str | Path = "evenly-compare",
+    quick: bool = False,
+    rank_by: str = "mpc",
+    console: Console | None = None,
+    command: str | None = None,
+) -> Comparison:
+    """Compare normalizations by training with each of them.
+
+    In a script, call it under ``if __name__ == "__main__":``, since the worker processes import the script.
+
+    Args:
+        norms: names in :data:`evenly.models.RECIPES`, or ``"module:attribute"`` paths to your own; ``None``: every
+            recipe for the kind of data.
+        data: what to train on, as in :func:`evenly.data.load`.
+        ood: a second data set with the same classes, tested on and never trained on.
+        model: ``"resnet"``, ``"mlp"`` or ``"module:factory"`` (see :func:`evenly.workbench.trial.build_model`);
+            ``None``: the ResNet for images, the MLP for features.
+        batch_sizes: default 4 and 64 (quick: 16 and 64).
+        seeds: number of seeds, default 3 (quick: 2).
+        epochs: passes over the training set, default 4 (quick: 2).
+        lr: the learning rate, or the centre of the grid with ``tune=True``; default 0.1 * sqrt(batch size / 64).
+        tune: search the learning rate of each normalization and batch size (see :mod:`evenly.workbench.tune`).
+            ``None``: yes, unless ``lr`` or ``quick`` is given. A search costs less than one scored seed and a half.
+        device: ``"cpu"``, ``"cuda"``, ...
+        engine: ``"local"`` or ``"ray"``.
+        address: address of a running Ray cluster.
+        workers: trials at a time.
+        out: the output folder; give the same one to go on where a run was stopped.
+        quick: a look in less than half a minute: fewer seeds, epochs and severities, no search, half of the
+            training set.
+        rank_by: one of :data:`evenly.workbench.metrics.METRICS`.
+        console: where progress goes; default: standard output.
+        command: how this was started, for the report; default: this call.
+
+    Returns:
+        The comparison; the report is written.
+
+    Raises:
+        ValueError: an option is wrong; the message says which and what was expected.
+        ImportError: the Ray engine without Ray.
+        evenly.workbench.StoreError: the folder holds results of another version, or is in use.
+        KeyboardInterrupt: stopped by the user; finished trials are kept.
+    """
+    began = time.monotonic()
+    call = command or _call(locals())
+    console = console or Console()
+    plan = _plan(
+        norms=norms,
+        data=data,
+        ood=ood,
+        model=model,
+        batch_sizes=batch_sizes,
+        seeds=seeds,
+        epochs=epochs,
+        lr=lr,
+        tune=tune,
+        device=device,
+        quick=quick,
+        rank_by=rank_by,
+    )
+    out = Path(out)
+    environment = _environment(engine, device)
+    with Store(out, call, environment) as store:
+        runner = _Runner(plan, store, console)
+        try:
+            runner.run(
+                lambda: make_engine(engine, workers=workers, address=address, device=device, cache=out / "cache")
+            )
+        except KeyboardInterrupt:
+            console.print(
+                f"Stopped. {len(runner.outcomes)} finished trials are kept in {out}; "
+                "the same command goes on from there.",
+                highlight=False,
+                soft_wrap=True,
+            )
+            raise
+        runs = store.runs()
+    arms = tuple(
+        summarize(
+            [(s, runner.outcomes.get(s.key)) for s in runner.scored],
+            metric=rank_by,
+            resolution=plan.resolution,
+            at_edge=runner.at_edge,
+        )
+    )
+    comparison = Comparison(
+        arms=arms,
+        finding=finding(arms, rank_by, plan.resolution),
+        metric=rank_by,
+        trials=tuple((s, runner.outcomes[s.key]) for s in runner.planned if s.key in runner.outcomes),
+        loaded=runner.loaded,
+        seconds=time.monotonic() - began,
+        out=out,
+        report=out / "report.html",
+    )
+    from evenly.workbench.report import write_report
+
+    write_report(comparison, plan, runs)
+    _print(comparison, console)
+    return comparison
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a comparison will do, checked.
+
+    Attributes:
+        norms, batch_sizes: the arms and their cells.
+        seeds: number of seeds.
+        tune: whether learning rates are searched.
+        metric: what is ranked by.
+        resolution: one test sample.
+        template: the settings that all trials share.
+        lr: the given learning rate.
+        data_name, data_kind, sizes: of the data, for the report (``sizes``: training and test samples).
+    """
+
+    norms: tuple[str, ...]
+    batch_sizes: tuple[int, ...]
+    seeds: int
+    tune: bool
+    metric: str
+    resolution: float
+    template: TrialSettings
+    lr: float | None
+    data_name: str
+    data_kind: str
+    sizes: tuple[int, int]
+
+    def scored(self, norm: str, batch_size: int, lr: float) -> list[TrialSettings]:
+        """The scored trials of one cell, one a seed."""
+        return [
+            replace(self.template, norm=norm, batch_size=batch_size, lr=lr, seed=seed) for seed in range(self.seeds)
+        ]
+
+    def base_lr(self, batch_size: int) -> float:
+        """The rate without a search, and the centre of the grid with one."""
+        return default_lr(batch_size) if self.lr is None else self.lr
+
+
+def _plan(
+    *,
+    norms: Sequence[str] | None,
+    data: str,
+    ood: str | None,
+    model: str | None,
+    batch_sizes: Sequence[int] | None,
+    seeds: int | None,
+    epochs: int | None,
+    lr: float | None,
+    tune: bool | None,
+    device: str,
+    quick: bool,
+    rank_by: str,
+) -> Plan:
+    from evenly.models import recipe, recipes_for
+
+    if rank_by not in METRICS:
+        raise ValueError(f"cannot rank by {rank_by!r}: known are {', '.join(METRICS)}")
+    if rank_by == "ood" and ood is None:
+        raise ValueError("cannot rank by 'ood' without a second data set: give --ood")
+    seeds = seeds if seeds is not None else (QUICK_SEEDS if quick else DEFAULT_SEEDS)
+    epochs = epochs if epochs is not None else (QUICK_EPOCHS if quick else DEFAULT_EPOCHS)
+    if seeds < 1:
+        raise ValueError(f"seeds is {seeds}, expected at least 1")
+    sizes = tuple(batch_sizes) if batch_sizes is not None else (QUICK_BATCH_SIZES if quick else DEFAULT_BATCH_SIZES)
+    if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
+        raise ValueError(f"batch sizes are {list(sizes)}, expected different numbers of at least 1")
+    _check_device(device)
+    dataset = load_data(data)
+    if ood is not None:
+        load_data(ood)
+    model = model or ("resnet" if dataset.kind == "image" else "mlp")
+    names = tuple(norms) if norms is not None else tuple(recipes_for(dataset.kind))
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"normalizations are {list(names)}, expected one or more, each once")
+    kinds = {name: recipe(name).kinds for name in names}
+    if model in ("resnet", "mlp"):
+        kind = "tabular" if model == "mlp" else dataset.kind
+        if norms is None:
+            names = tuple(name for name in names if kind in kinds[name])
+        wrong = [name for name in names if kind not in kinds[name]]
+        if wrong:
+            raise ValueError(
+                f"{', '.join(wrong)} cannot normalize feature vectors; for model {model!r} known are "
+                f"{', '.join(recipes_for(kind))}"
+            )
+    own = [path for path in (model, *names) if ":" in path]
+    template = TrialSettings(
+        norm=names[0],
+        data=data,
+        batch_size=sizes[0],
+        seed=0,
+        epochs=epochs,
+        lr=default_lr(sizes[0]) if lr is None else lr,
+        model=model,
+        ood=ood,
+        device=device,
+        train_samples=max(1, len(dataset.train_x) // 2) if quick else None,
+        severities=QUICK_SEVERITIES if quick else (1, 2, 3, 4, 5),
+        data_hash=data_hash(data, ood),
+        code="",
+    )
+    # Wrong models are refused here, before any process starts. What only one layer dislikes is a failed trial.
+    from evenly.workbench.trial import build_model
+
+    build_model(model, dataset.kind, tuple(dataset.train_x.shape[1:]), len(dataset.class_names), names[0])
+    return Plan(
+        norms=names,
+        batch_sizes=sizes,
+        seeds=seeds,
+        tune=tune if tune is not None else lr is None and not quick,
+        metric=rank_by,
+        resolution=1 / len(dataset.test_x),
+        template=replace(template, code=code_version(*own)),
+        lr=lr,
+        data_name=dataset.name,
+        data_kind=dataset.kind,
+        sizes=(len(dataset.train_x), len(dataset.test_x)),
+    )
+
+
+def _check_device(device: str) -> None:
+    try:
+        kind = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {device!r}: expected cpu, cuda, or cuda:N") from error
+    if kind.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r}, but this PyTorch finds no CUDA device; use --device cpu")
+
+
+class _Runner:
+    # Submits what the store lacks, hands every outcome to the store, and follows each search with its scored trials.
+    def __init__(self, plan: Plan, store: Store, console: Console) -> None:
+        self.plan = plan
+        self.store = store
+        self.console = console
+        self.outcomes: dict[str, Outcome] = {}
+        self.planned: list[TrialSettings] = []
+        self.scored: list[TrialSettings] = []
+        self.loaded = 0
+        self.at_edge: frozenset[tuple[str, int]] = frozenset()
+        self._searches: dict[tuple[str, int], list[TrialSettings]] = {}
+        # Small batches first: they take longest, and a long trial at the end would leave the others idle.
+        self.cells = [(norm, batch) for batch in sorted(plan.batch_sizes) for norm in plan.norms]
+
+    def run(self, start: Callable[[], Any]) -> None:
+        plan = self.plan
+        stored = {key: row for key, row in self.store.trials().items() if not isinstance(row.outcome, TrialFailure)}
+        with Watch(self.console, plan.norms, plan.batch_sizes, self._work, 1) as watch:
+            self.watch = watch
+            missing: list[TrialSettings] = []
+
+            def add(trials: Sequence[TrialSettings]) -> list[TrialSettings]:
+                lacking = []
+                for settings in trials:
+                    self.planned.append(settings)
+                    if settings.key in stored:
+                        self.loaded += 1
+                        self.outcomes[settings.key] = stored[settings.key].outcome
+                        watch.finished(settings, stored[settings.key].outcome, stored=True)
+                    else:
+                        lacking.append(settings)
+                return lacking
+
+            for norm, batch in self.cells:
+                if plan.tune:
+                    self._searches[norm, batch] = grid(plan.scored(norm, batch, plan.base_lr(batch))[0])
+                    missing += add(self._searches[norm, batch])
+            for cell in self.cells:
+                missing += self._follow(cell, add)
+            count, work = self._whole()
+            watch.plan(count, work)
+            if self.loaded:
+                watch.say(f"{self.loaded} of {count} trials are already in {self.store.folder}")
+            if not missing:
+                self._place_edges()
+                return
+            with start() as engine:
+                watch.workers = engine.workers
+                watch.say(
+                    f"{count - self.loaded} trials to run, {engine.workers} at a time: {len(plan.norms)} "
+                    f"normalizations x batch {', '.join(map(str, plan.batch_sizes))} x {plan.seeds} seeds"
+                    + (", after a search for the learning rate" if plan.tune else "")
+                )
+                if isinstance(engine, LocalEngine):
+                    engine.warm_up()
+                evaluation_sets(plan.template, self.store.folder / "cache")  # while the workers start
+                watch.started = time.monotonic()
+                for settings in missing:
+                    engine.submit(settings)
+                for settings, outcome in engine.completed():
+                    self.store.save(settings, outcome)
+                    self.outcomes[settings.key] = outcome
+                    watch.finished(settings, outcome)
+                    if settings.purpose == "tune":
+                        for following in self._follow((settings.norm, settings.batch_size), add):
+                            engine.submit(following)
+            self._place_edges()
+
+    def _follow(
+        self, cell: tuple[str, int], add: Callable[[Sequence[TrialSettings]], list[TrialSettings]]
+    ) -> list[TrialSettings]:
+        # The scored trials of a cell, as soon as its search is over.
+        lr: float | None = self.plan.base_lr(cell[1])
+        if self.plan.tune:
+            search = self._searches[cell]
+            if any(s.key not in self.outcomes for s in search):
+                return []
+            lr = choose({s.lr: self.outcomes[s.key] for s in search})
+            # Every trial of the search failed: the scored trials record the same error.
+            lr = self.plan.base_lr(cell[1]) if lr is None else lr
+        trials = self.plan.scored(*cell, lr)
+        self.scored += trials
+        return add(trials)
+
+    def _place_edges(self) -> None:
+        edges = set()
+        for cell, search in self._searches.items():
+            results = {s.lr: self.outcomes[s.key] for s in search}
+            best = choose(results)
+            if best is not None and best in (min(results), max(results)):
+                edges.add(cell)
+        self.at_edge = frozenset(edges)
+        order = {name: index for index, name in enumerate(self.plan.norms)}
+        sizes = {size: index for index, size in enumerate(self.plan.batch_sizes)}
+        self.scored.sort(key=lambda s: (order[s.norm], sizes[s.batch_size], s.seed))
+
+    def _whole(self) -> tuple[int, float]:
+        count, work = 0, 0.0
+        for norm, batch in self.cells:
+            trials = self.plan.scored(norm, batch, self.plan.base_lr(batch))
+            trials += self._searches.get((norm, batch), [])
+            count += len(trials)
+            work += sum(map(self._work, trials))
+        return count, work
+
+    def _work(self, settings: TrialSettings) -> float:
+        # In steps: a step costs a fixed part and a part by sample; a test forward pass a third of a training one.
+        samples, test = self.plan.sizes
+        samples = min(samples, settings.train_samples or samples)
+        steps = settings.epochs * (samples // settings.batch_size)
+        if settings.max_steps is not None:
+            steps = min(steps, settings.max_steps)
+        tested = test
+        if settings.purpose == "score":
+            tested += (15 * len(settings.severities) + 5) * min(test, settings.test_samples)
+        return 10 + steps * (1 + settings.batch_size / 32) + tested / 96
+
+
+def _environment(engine: str, device: str) -> dict[str, Any]:
+    import evenly
+
+    found: dict[str, Any] = {
+        "evenly": evenly.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": f"{platform.system()} {platform.release()}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "engine": engine,
+        "device": device,
+    }
+    if device.startswith("cuda"):
+        found["device"] = f"{device} ({torch.cuda.get_device_name(device)})"
+    if engine == "ray":
+        try:
+            found["ray"] = importlib.metadata.version("ray")
+        except importlib.metadata.PackageNotFoundError:
+            found["ray"] = "not installed"
+    return found
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _call(values: dict[str, Any]) -> str:
+    import inspect
+
+    given = []
+    for name, parameter in inspect.signature(compare).parameters.items():
+        if name not in ("console", "command") and values[name] != parameter.default:
+            value = str(values[name]) if isinstance(values[name], Path) else values[name]
+            given.append(f"{name}={value!r}")
+    return f"evenly.workbench.compare({', '.join(given)})"
+
+
+def _print(comparison: Comparison, console: Console) -> None:
+    console.print()
+    console.print(ranking_table(comparison.arms, comparison.metric))
+    for settings, failure in comparison.failed:
+        if settings.purpose == "score" and settings.seed == 0:
+            console.print(
+                f"failed: {settings.norm}, batch {settings.batch_size}: {failure.error}",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
+    console.print(comparison.finding, highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"{len(comparison.trials)} trials in {comparison.seconds:.0f} s; report: {comparison.report}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
