@@ -54,7 +54,8 @@ class LanguageModel(nn.Module):
             return logits, None
         if targets.shape != idx.shape:
             raise ValueError(f"targets have shape {tuple(targets.shape)}, expected that of idx, {tuple(idx.shape)}")
-        return logits, functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits, functional.cross_entropy(wide.flatten(0, 1), targets.flatten())
 
     @torch.no_grad()
     def generate(

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import evenly.nn
+from evenly.core import normalize
 from evenly.models._normed import NormedActivation
 from evenly.models.recipes import Recipe, recipe
 from evenly.models.rotary import Rotary
@@ -55,7 +56,7 @@ class Attention(nn.Module):
         kv_groups: heads of keys and values; each serves ``num_heads / kv_groups`` heads of queries. ``None``: as
             many as queries. 1 is multi-query attention.
         qk_norm: of queries and keys in each head. ``None``: none, and logits are divided by sqrt(head_dim).
-            ``"l2"``: the paper's, unit vectors times one learned scale (:func:`evenly.nn.qknorm_attention`).
+            ``"l2"``: the paper's, cosines times one learned scale (as :class:`evenly.nn.QKNormAttention`).
             ``"rms"``, ``"layer"`` or a callable from head_dim to a module: a layer with gains of its own for queries
             and for keys, shared by the heads; logits are divided by sqrt(head_dim).
         qk_scale: the initial scale of ``"l2"``, which needs it: see :func:`evenly.nn.qknorm_init_scale`.
@@ -140,28 +141,44 @@ class Attention(nn.Module):
         """
         if x.ndim != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"attention expects (batch, length, {self.dim}), got an input of shape {tuple(x.shape)}")
-        heads, groups, size = self.num_heads, self.kv_groups, self.head_dim
-        q, k, v = (
-            self.qkv(x).unflatten(-1, (heads + 2 * groups, size)).transpose(1, 2).split([heads, groups, groups], 1)
-        )
         before = 0 if cache is None else cache.k.shape[-2]
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.rotary is not None:
-            q, k = self.rotary(q, before), self.rotary(k, before)
+        q, k, v = self.project(x, before)
         if cache is not None:
             k, v = torch.cat((cache.k, k), -2), torch.cat((cache.v, v), -2)
-        cache = Cache(k, v)
         allowed, causal = attention_mask(x, mask, before, self.causal)
-        dropout = self.dropout if self.training else 0.0
+        y = functional.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=allowed,
+            is_causal=causal,
+            dropout_p=self.dropout if self.training else 0.0,
+            scale=1.0 if self.scale is not None else None,
+            enable_gqa=self.kv_groups != self.num_heads,
+        )
+        return self.out(y.transpose(1, 2).flatten(2)), Cache(k, v)
+
+    def project(self, x: Tensor, offset: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the heads, normalized and turned.
+
+        The logits are the products of queries and keys: as they are with ``qk_norm="l2"`` (the learned scale is on
+        the queries), divided by sqrt(head_dim) otherwise.
+
+        Args:
+            x: (B, T, dim).
+            offset: the position of the first.
+        """
+        heads, groups, size = self.num_heads, self.kv_groups, self.head_dim
+        parts = self.qkv(x).unflatten(-1, (heads + 2 * groups, size)).transpose(1, 2)
+        q, k, v = parts.split([heads, groups, groups], 1)
         if self.scale is not None:
-            # The cache holds keys as they are: normalizing them again changes nothing.
-            y = evenly.nn.qknorm_attention(q, k, v, self.scale, allowed, is_causal=causal, dropout=dropout)
-        else:
-            y = functional.scaled_dot_product_attention(
-                q, k, v, attn_mask=allowed, is_causal=causal, dropout_p=dropout, enable_gqa=groups != heads
-            )
-        return self.out(y.transpose(1, 2).flatten(2)), cache
+            q = normalize(q, "... d -> ...", center=False, scale="l2", weight=self.scale)
+            k = normalize(k, "... d -> ...", center=False, scale="l2")
+        elif self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotary is not None:
+            q, k = self.rotary(q, offset), self.rotary(k, offset)
+        return q, k, v
 
     def extra_repr(self) -> str:
         return (

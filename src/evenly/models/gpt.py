@@ -124,6 +124,7 @@ def gpt(
     Raises:
         ValueError: sizes that do not fit, an unknown ``norm``, ``qk_norm``, ``placement`` or ``activation``.
 
+    >>> import torch
     >>> model = gpt(256, norm="rms", qk_norm="l2", dim=32, depth=2, block_size=16)
     >>> logits, loss = model(torch.randint(256, (2, 16)), targets=torch.randint(256, (2, 16)))
     >>> logits.shape, loss.shape
