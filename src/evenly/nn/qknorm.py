@@ -298,7 +298,7 @@ def _attend(
         raise ValueError(f"scale has shape {tuple(scale.shape)}, expected a scalar or one a head: ({heads},).")
     logits_shape = (*q.shape[:-1], k.shape[-2])
     if mask is not None:
-        _check_mask(mask, logits_shape)
+        mask = _fitted_mask(mask, logits_shape, q)
     # g goes onto the queries: kernels take a number as scale, and so its gradient comes from the same pass.
     if scale.ndim:
         q = normalize(q, "... h t d -> ... h t", center=False, scale="l2", eps=eps, weight=scale, affine="h")
@@ -329,7 +329,7 @@ def _attend(
     return weights @ v, weights
 
 
-def _check_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
+def _fitted_mask(mask: Tensor, shape: tuple[int, ...], q: Tensor) -> Tensor:
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise ValueError(f"The mask is {mask.dtype}, expected bool (true: may attend) or floating-point (added).")
     try:
@@ -338,6 +338,8 @@ def _check_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
         fits = False
     if not fits:
         raise ValueError(f"The mask of shape {tuple(mask.shape)} does not broadcast to the logits' shape {shape}.")
+    mask = mask if mask.ndim > 1 else mask.expand(shape[-2:])
+    return mask if mask.dtype == torch.bool else mask.to(q.dtype)
 
 
 def _causal(shape: tuple[int, ...], device: torch.device) -> Tensor:
