@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -91,6 +91,69 @@ def claim(
 
 
 @app.command()
+def convert(
+    model: Annotated[str, typer.Option(help="module:factory, called without arguments.")],
+    to: Annotated[str, typer.Option(help="batch, frozen, layer, group, instance, rms, none, folded, ...")],
+    out: Annotated[Path, typer.Option(help="Where the weights go (.safetensors).")],
+    weights: Annotated[
+        Path | None, typer.Option(help="State dict: .safetensors, or a torch file of tensors only.")
+    ] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option(help="Folder of images, or of .npy or .safetensors batches; no labels needed.")
+    ] = None,
+    groups: Annotated[int | None, typer.Option(min=1, help="Number of groups, for --to group.")] = None,
+    refine: Annotated[int | None, typer.Option(min=1, help="Steps of self-distillation on the same data.")] = None,
+    lr: Annotated[float, typer.Option(help="Learning rate of --refine.")] = 3e-3,
+    only: Annotated[list[str] | None, typer.Option(help="A layer, a module above it, or a pattern.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Inputs used for calibration.")] = 1000,
+    size: Annotated[str | None, typer.Option(help="Resize images, such as 224x224.")] = None,
+    mean: Annotated[str, typer.Option(help="Subtracted from images in [0, 1], such as 0.485,0.456,0.406.")] = "0",
+    std: Annotated[str, typer.Option(help="Images are divided by this afterwards.")] = "1",
+    gray: Annotated[bool, typer.Option("--gray", help="Read images with one channel.")] = False,
+    report: Annotated[Path | None, typer.Option(help="Write the report here, as JSON.")] = None,
+) -> None:
+    """Change the normalization of a trained network without training it again.
+
+    `evenly.conversion.load_converted(factory(), OUT)` reads the result. No file is unpickled.
+    """
+    import json
+
+    from evenly import conversion
+
+    with _usage(ValueError, TypeError, OSError):
+        if out.suffix != ".safetensors":
+            raise ValueError(f"--out {out} must end in .safetensors.")
+        network = conversion.build(model)
+        if weights is not None:
+            try:
+                network.load_state_dict(conversion.load_weights(weights))
+            except RuntimeError as error:  # keys or shapes that do not fit, which it lists
+                raise ValueError(f"{weights} does not fit --model {model}: {error}") from error
+        data = None
+        if calibrate is not None:
+            pixels = None if size is None else _numbers(size, "x", int)
+            if pixels is not None and len(pixels) != 2:
+                raise ValueError(f"--size {size} is not HEIGHTxWIDTH.")
+            files = conversion.InputFiles(
+                calibrate,
+                size=None if pixels is None else (pixels[0], pixels[1]),
+                mean=_numbers(mean, ",", float),
+                std=_numbers(std, ",", float),
+                gray=gray,
+            )
+            data = conversion.Calibration(files, samples=samples)
+        steps = None if refine is None else conversion.Refinement(steps=refine, lr=lr)
+        converted, result = conversion.convert(
+            network, to, calibrate=data, refine=steps, only=only or None, groups=groups
+        )
+        conversion.save_converted(converted, network, result, out)
+        if report is not None:
+            text = json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n"
+            conversion.write_atomically(report, text.encode())
+    typer.echo(str(result))
+
+
+@app.command()
 def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Show versions, devices, which backend serves which operator, and what each extra would add."""
     from evenly import doctor as doctor_
@@ -117,9 +180,11 @@ def compare(
     ] = None,
     batch_sizes: Annotated[str | None, typer.Option(help="With commas between. [default: 4,64]")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="How many. [default: 3]")] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training set. [default: 4]")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Passes over the training set. [default: 110 steps, at least 2]")
+    ] = None,
     lr: Annotated[
-        float | None, typer.Option(help="Learning rate. [default: 0.1 * sqrt(batch size / 64), searched around]")
+        float | None, typer.Option(help="Learning rate. [default: 0.01 * sqrt(batch size / 64), searched around]")
     ] = None,
     tune: Annotated[
         bool | None,
@@ -170,6 +235,13 @@ def _usage(*errors: type[Exception]) -> Iterator[None]:
     except errors as error:
         typer.echo(f"evenly: {error}", err=True)
         raise typer.Exit(2) from error
+
+
+def _numbers(text: str, separator: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:
+    try:
+        return tuple(kind(part) for part in text.split(separator))
+    except ValueError as error:
+        raise ValueError(f"{text!r} is not a list of numbers separated by {separator!r}.") from error
 
 
 def _print_json(value: object) -> None:

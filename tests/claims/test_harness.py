@@ -63,7 +63,7 @@ def test_verdicts(tmp_path):
     assert (good["verdict"], good["why"]) == ("reproduced", "")
     bad = run_claim(make(gain=0.1), out=tmp_path / "b", workers=1)
     assert bad["verdict"] == "not reproduced"
-    assert bad["why"].startswith("gain is 0.")
+    assert bad["why"].startswith("Gain is 0.")
     assert bad["why"].endswith("wanted >= 0.5. The method gains too little.")
     small = run_claim(make(), "small")
     assert small["verdict"] == "not judged"

@@ -483,6 +483,7 @@ def test_nan_and_inf(case, bad):
 @pytest.mark.parametrize("kind", ["1e-20", "1e20", "mean 1e4"])
 def test_extreme_scale(case, kind):
     """Not less accurate than the layer of torch, against float64; finite and right where torch has none."""
+    applies(kind not in case.exempt, case.exempt.get(kind))
     shape = case.shapes[0]
     change = {"1e-20": lambda z: z * 1e-20, "1e20": lambda z: z * 1e20, "mean 1e4": lambda z: z + 1e4}[kind]
     x = change(data(shape, torch.float64)).float()

@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from sklearn.covariance import ledoit_wolf, oas
 
 import evenly
 from core import oracle
@@ -215,3 +216,40 @@ def test_bad_arguments():
 def test_zero_size():
     for method in METHODS:
         assert evenly.whiten(torch.empty(0, 4), "n c -> c", method=method).shape == (0, 4)
+
+
+@pytest.mark.parametrize(("name", "estimate"), [("ledoit-wolf", ledoit_wolf), ("oas", oas)])
+def test_estimated_shrinkage_is_that_of_sklearn(name, estimate):
+    x = data(25, 6)
+    _, amount = estimate((x - x.mean(0)).numpy(), assume_centered=True)
+    assert 0.01 < amount < 0.99
+    want = evenly.whiten(x, "n c -> c", shrinkage=float(amount), method="cholesky")
+    got = evenly.whiten(x, "n c -> c", shrinkage=name, method="cholesky")
+    torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-7)
+    # Each group estimates its own.
+    z = evenly.whiten(torch.cat([x, x[:, :3] * 5 + 1, x[:, 3:]], 1), "n (g c) -> g c", g=2, shrinkage=name)
+    torch.testing.assert_close(z[:, :6], evenly.whiten(x, "n c -> c", shrinkage=name), rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_stats_given(method):
+    """Measured once, used on other data: as in evaluation."""
+    x, new = data(40, 6), data(7, 6)
+    for pattern, sizes in [("n c -> c", {}), ("n (g c) -> g c", {"g": 2})]:
+        stats = evenly.core.covariance(x, pattern, **sizes)
+        want = evenly.whiten(x, pattern, method=method, **sizes)
+        got = evenly.whiten(x, pattern, method=method, stats=stats[:2], **sizes)
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+        both = evenly.whiten(torch.cat([x, new]), pattern, method=method, stats=stats[:2], **sizes)
+        torch.testing.assert_close(
+            both[40:], evenly.whiten(new, pattern, method=method, stats=stats[:2], **sizes), rtol=1e-9, atol=1e-9
+        )
+
+
+def test_covariance_against_numpy():
+    x = data(30, 6)
+    mean, cov = evenly.core.covariance(x, "n (g c) -> g c", g=2)[:2]
+    for g in range(2):
+        part = x.numpy()[:, 3 * g : 3 * g + 3]
+        np.testing.assert_allclose(mean[g].numpy(), part.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(cov[g].numpy(), np.cov(part.T, bias=True), rtol=1e-10)

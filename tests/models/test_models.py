@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+
 from evenly.models import RECIPES, Recipe, mlp, recipe, recipes_for, resnet
 from evenly.models._normed import NormedActivation
-from torch import nn
 
 
 @pytest.mark.parametrize("preactivation", [False, True])

@@ -6,9 +6,11 @@ import builtins
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+
 from evenly.workbench import Engine, LocalEngine, RayEngine, TrialFailure, TrialResult, TrialSettings, run_trial
 from evenly.workbench.engines import make_engine
 
@@ -62,8 +64,10 @@ def cluster() -> Iterator[str]:
     made.shutdown()
 
 
-def test_ray_engine_on_a_running_cluster(cluster: str) -> None:
+def test_ray_engine_on_a_running_cluster(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
+
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[1]))  # where workers find our factories
 
     with RayEngine(address=cluster) as engine:
         assert engine.workers == 1

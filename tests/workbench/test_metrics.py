@@ -6,6 +6,10 @@ import math
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
 from evenly.workbench import TrialFailure, TrialResult, TrialSettings
 from evenly.workbench.metrics import (
     difference,
@@ -17,9 +21,6 @@ from evenly.workbench.metrics import (
     summarize,
     worst_corruption,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy import stats
 
 TABLE = {"fog": (0.8, 0.6), "snow": (0.5, 0.3), "zoom": (0.9, 0.7)}
 
@@ -148,7 +149,9 @@ def trials(
                     outcome = TrialFailure("ValueError: no")
                 else:
                     table = {"fog": (clean * 0.6, clean * 0.8), "snow": (clean * 0.2, clean * 0.4)}
-                    outcome = TrialResult(False, 10, ((10, 0.5),), clean=clean, corruptions=table, domains={"d": clean / 4})
+                    outcome = TrialResult(
+                        False, 10, ((10, 0.5),), clean=clean, corruptions=table, domains={"d": clean / 4}
+                    )
                 found.append((settings, outcome))
     return found
 

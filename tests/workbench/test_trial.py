@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+
 from evenly.models import recipe
 from evenly.workbench import TrialResult, TrialSettings, run_trial
 from evenly.workbench.sets import data_hash, evaluation_sets, load_data
 from evenly.workbench.trial import _SavedBytes, build_model, code_version
 from evenly.workbench.tune import TUNE_SEED, TUNE_STEPS, choose, default_lr, grid
-from torch import nn
 
-TABLE = TrialSettings("batch", "breast_cancer", batch_size=32, seed=0, epochs=3, lr=0.07, model="mlp")
-IMAGES = TrialSettings("group", "digits", batch_size=64, seed=0, epochs=1, lr=0.3, max_steps=8, severities=(1,))
+TABLE = TrialSettings("batch", "breast_cancer", batch_size=32, seed=0, epochs=3, lr=0.005, model="mlp")
+IMAGES = TrialSettings("group", "digits", batch_size=64, seed=0, epochs=1, lr=0.01, max_steps=8, severities=(1,))
 
 
 @pytest.mark.parametrize("settings", [TABLE, IMAGES])

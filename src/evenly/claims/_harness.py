@@ -255,7 +255,7 @@ def _result(claim: Claim, budget: str, results: Results, judgement: Judgement) -
         verdict, why = "reproduced", ""
     else:
         failed = "; ".join(str(check) for check in judgement.checks if not check.passed)
-        verdict, why = "not reproduced", " ".join(f"{failed}. {judgement.why}".split())
+        verdict, why = "not reproduced", " ".join(f"{failed[:1].upper()}{failed[1:]}. {judgement.why}".split())
     name, value, low, high = judgement.effect
     return {
         "id": claim.id,

@@ -1,4 +1,4 @@
-"""The picture of a claim: what the claim draws, under one title that says the verdict."""
+"""The picture of a claim: what the claim draws, under one title that says what came out."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def svg(claim: Claim, results: Results, judgement: Judgement) -> str:
     with matplotlib.rc_context({"svg.hashsalt": claim.id, "svg.fonttype": "path", "font.size": 9}):
         figure = Figure(figsize=(9, 3.8), layout="constrained")
         (claim.draw or _dots_of_every_metric)(figure, results, judgement)
-        figure.suptitle("\n".join(textwrap.wrap(claim.statement, 110)), fontsize=10, x=0.01, ha="left")
+        verdict = "the criterion is met" if judgement.passed else "the criterion is not met"
+        title = "\n".join(textwrap.wrap(f"{claim.statement} Here {verdict}.", 110))
+        figure.suptitle(title, fontsize=10, x=0.01, ha="left")
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()

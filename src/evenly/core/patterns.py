@@ -132,11 +132,15 @@ def product(sizes: Sequence[int]) -> int:
     return result
 
 
-def _parse(text: str, pattern: str) -> ParsedExpression:
+def _parse(text: str, what: str) -> ParsedExpression:
+    """One side of a pattern, or ``affine``; ``what`` is how an error names the whole."""
     try:
         return ParsedExpression(text)
     except EinopsError as error:
-        raise PatternError(f"Cannot read the pattern {pattern!r}: {str(error).strip().rstrip('.')}.") from None
+        reason = " ".join(str(error).split()).rstrip(".").replace("should should", "should")
+        if "duplicate dimension" in reason:
+            reason = f"the axis {reason.split(chr(34))[1]!r} is named twice in {text.strip()!r}"
+        raise PatternError(f"Cannot read {what}: {reason}.") from None
 
 
 def _expand(expression: ParsedExpression, ellipsis_axes: list[str]) -> list[list[object]]:
@@ -164,9 +168,12 @@ def _resolve(pattern: str, ndim: int, size_names: tuple[str, ...]) -> Resolved:
             f"that keep a statistic of their own on its right, as in 'n c h w -> c'."
         )
     left_text, right_text = pattern.split("->")
-    left, right = _parse(left_text, pattern), _parse(right_text, pattern)
+    left, right = _parse(left_text, f"the pattern {pattern!r}"), _parse(right_text, f"the pattern {pattern!r}")
     if left.has_ellipsis and left.has_ellipsis_parenthesized:
-        raise PatternError(f"Cannot read the pattern {pattern!r}: '...' stands inside parentheses on the left.")
+        raise PatternError(
+            f"Cannot read the pattern {pattern!r}: '...' stands inside parentheses on the left, where it names axes of "
+            f"the input; write it without, as in '... d -> ...'."
+        )
     missing = right.identifiers - left.identifiers
     if missing:
         extra = ""
@@ -246,7 +253,7 @@ def affine_groups(affine: str, pattern: str, ndim: int, size_names: tuple[str, .
 @functools.lru_cache(maxsize=1024)
 def _affine_groups(affine: str, pattern: str, ndim: int, size_names: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
     resolved = _resolve(pattern, ndim, size_names)
-    expression = _parse(affine, affine)
+    expression = _parse(affine, f"affine={affine!r}")
     unknown = expression.identifiers - set(resolved.axes)
     if unknown:
         raise PatternError(
@@ -263,7 +270,7 @@ def validate(pattern: str, size_names: Iterable[str] = (), affine: str | None = 
         PatternError: the pattern cannot be read, or names axes that are not there.
     """
     names = tuple(size_names)
-    left = _parse(pattern.split("->")[0], pattern)
+    left = _parse(pattern.split("->")[0], f"the pattern {pattern!r}")
     ndim = len(left.composition) - (1 if left.has_ellipsis else 0)
     _resolve(pattern, ndim, names)
     if affine is not None:

@@ -7,13 +7,18 @@ PyTorch operations. Networks write ``NormedActivation`` once and get the fused f
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 __all__ = ["NormedActivation"]
 
-_ACTIVATIONS = {"relu": functional.relu, "silu": functional.silu, "gelu": functional.gelu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": functional.relu,
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+}
 
 
 class NormedActivation(nn.Module):
@@ -36,7 +41,7 @@ class NormedActivation(nn.Module):
             raise ValueError(f"activation is {activation!r}, expected None or one of {', '.join(_ACTIVATIONS)}")
         self.norm = norm
         self.activation = activation
-        self.takes_residual = "residual" in inspect.signature(norm.forward).parameters
+        self.takes_residual = "residual" in inspect.signature(type(norm).forward).parameters
         # A layer with an `activation` of its own applies it after the residual, in the same kernel.
         self.fused = self.takes_residual and activation is not None and _set_activation(norm, activation)
 

@@ -8,6 +8,14 @@ The default for convolutional networks with 16 samples a device or more. In eval
 map of each channel, which :func:`evenly.convert` can fold into the layer before it. With few samples a device
 use ``sync=True``, or :class:`~evenly.nn.GroupNorm`.
 
+As a function it is a pattern: with the statistics of the batch, and with running ones,
+
+>>> import torch, evenly
+>>> x, w, b = torch.randn(8, 3, 4, 4), torch.ones(3), torch.zeros(3)
+>>> y = evenly.normalize(x, "n c ... -> c", weight=w, bias=b)
+>>> mean, var = torch.zeros(3), torch.ones(3)
+>>> y = evenly.normalize(x, "n c ... -> c", weight=w, bias=b, stats=(mean, var))
+
 Reference:
     Sergey Ioffe & Christian Szegedy, *Batch Normalization: Accelerating Deep Network Training by Reducing
     Internal Covariate Shift*, ICML 2015, arXiv 1502.03167, algorithms 1 and 2.

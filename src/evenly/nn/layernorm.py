@@ -8,6 +8,13 @@
 The same computation in training and evaluation, for any batch and any length: the default of transformers and
 recurrent networks. RMSNorm saves the mean; ScaleNorm has one learned length a layer.
 
+As functions they are patterns:
+
+>>> import torch, evenly
+>>> x, w, b = torch.randn(2, 10, 64), torch.ones(64), torch.zeros(64)
+>>> y = evenly.normalize(x, "... d -> ...", weight=w, bias=b)
+>>> y = evenly.normalize(x, "... d -> ...", weight=w, center=False, scale="rms")
+
 References:
     Jimmy Lei Ba, Jamie Ryan Kiros & Geoffrey E. Hinton, *Layer Normalization*, 2016, arXiv 1607.06450.
     Biao Zhang & Rico Sennrich, *Root Mean Square Layer Normalization*, NeurIPS 2019, arXiv 1910.07467.

@@ -4,7 +4,7 @@ scheme; nothing is drawn in pixels and nothing is loaded."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -68,6 +68,9 @@ def dumbbell(rows: Sequence[tuple[str, tuple[float, float], tuple[float, float]]
             if spread == spread:
                 tip += f" ± {spread:.1f}"
             out.append(_mark(x(value), y, kind, tip))
+        first = min((v - _zero(s) for v, s in ((a, da), (b, db)) if v == v), default=math.nan)
+        if first == first and b == b:
+            out.append(_text(x(first) - 12, y + 4, f"{b:.1f}", "value robust", "end"))
         last = max((v + _zero(s) for v, s in ((a, da), (b, db)) if v == v), default=math.nan)
         if last == last:
             out.append(_text(x(last) + 12, y + 4, f"{a:.1f}" if a == a else "", "value"))
@@ -183,7 +186,7 @@ def _zero(value: float) -> float:
     return value if value == value else 0.0
 
 
-def _scale(low: float, high: float, start: float, end: float):  # type: ignore[no-untyped-def]
+def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
     span = (high - low) or 1.0
     return lambda value: start + (value - low) / span * (end - start)
 

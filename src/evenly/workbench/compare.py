@@ -27,7 +27,7 @@ from rich.console import Console
 
 from evenly.workbench.engines import LocalEngine, Outcome, make_engine
 from evenly.workbench.metrics import METRICS, Arm, finding, summarize
-from evenly.workbench.progress import Watch, ranking_table
+from evenly.workbench.progress import Watch, print_ranking
 from evenly.workbench.sets import data_hash, evaluation_sets, load_data
 from evenly.workbench.store import Store
 from evenly.workbench.trial import (
@@ -41,11 +41,13 @@ __all__ = ["Comparison", "compare"]
 
 DEFAULT_BATCH_SIZES = (4, 64)
 DEFAULT_SEEDS = 3
-DEFAULT_EPOCHS = 4
-QUICK_SEEDS = 2
-QUICK_EPOCHS = 2
-QUICK_BATCH_SIZES = (16, 64)
+DEFAULT_EPOCHS = 2
+DEFAULT_STEPS = 110
+QUICK_BATCH_SIZES = (64,)
+QUICK_STEPS = 88
 QUICK_SEVERITIES = (1, 3, 5)
+QUICK_TEST_SAMPLES = 256
+DEFAULT_TEST_SAMPLES = 512
 
 
 @dataclass(frozen=True)
@@ -126,19 +128,21 @@ def compare(
         ood: a second data set with the same classes, tested on and never trained on.
         model: ``"resnet"``, ``"mlp"`` or ``"module:factory"`` (see :func:`evenly.workbench.trial.build_model`);
             ``None``: the ResNet for images, the MLP for features.
-        batch_sizes: default 4 and 64 (quick: 16 and 64).
-        seeds: number of seeds, default 3 (quick: 2).
-        epochs: passes over the training set, default 4 (quick: 2).
-        lr: the learning rate, or the centre of the grid with ``tune=True``; default 0.1 * sqrt(batch size / 64).
+        batch_sizes: default 4 and 64 (quick: 64).
+        seeds: number of seeds, default 3.
+        epochs: passes over the training set; default: as many as make 110 steps (quick: 88), at least 2, which
+            leaves small data and large batches enough steps to learn anything.
+        lr: the learning rate, or the centre of the grid with ``tune=True``; default 0.01 * sqrt(batch size / 64).
         tune: search the learning rate of each normalization and batch size (see :mod:`evenly.workbench.tune`).
-            ``None``: yes, unless ``lr`` or ``quick`` is given. A search costs less than one scored seed and a half.
+            ``None``: yes, unless ``lr`` or ``quick`` is given. A trial of the search takes at most 240 steps and is
+            tested on nothing but its held-out fifth, so the whole search costs about as much as one seed.
         device: ``"cpu"``, ``"cuda"``, ...
         engine: ``"local"`` or ``"ray"``.
         address: address of a running Ray cluster.
         workers: trials at a time.
         out: the output folder; give the same one to go on where a run was stopped.
-        quick: a look in less than half a minute: fewer seeds, epochs and severities, no search, half of the
-            training set.
+        quick: a look in less than half a minute: batch size 64 only, fewer steps, three severities, at most 256
+            test samples for them, no search.
         rank_by: one of :data:`evenly.workbench.metrics.METRICS`.
         console: where progress goes; default: standard output.
         command: how this was started, for the report; default: this call.
@@ -217,6 +221,7 @@ class Plan:
 
     Attributes:
         norms, batch_sizes: the arms and their cells.
+        epochs: passes over the training set, by batch size.
         seeds: number of seeds.
         tune: whether learning rates are searched.
         metric: what is ranked by.
@@ -228,6 +233,7 @@ class Plan:
 
     norms: tuple[str, ...]
     batch_sizes: tuple[int, ...]
+    epochs: dict[int, int]
     seeds: int
     tune: bool
     metric: str
@@ -240,9 +246,8 @@ class Plan:
 
     def scored(self, norm: str, batch_size: int, lr: float) -> list[TrialSettings]:
         """The scored trials of one cell, one a seed."""
-        return [
-            replace(self.template, norm=norm, batch_size=batch_size, lr=lr, seed=seed) for seed in range(self.seeds)
-        ]
+        cell = replace(self.template, norm=norm, batch_size=batch_size, epochs=self.epochs[batch_size], lr=lr)
+        return [replace(cell, seed=seed) for seed in range(self.seeds)]
 
     def base_lr(self, batch_size: int) -> float:
         """The rate without a search, and the centre of the grid with one."""
@@ -270,8 +275,7 @@ def _plan(
         raise ValueError(f"cannot rank by {rank_by!r}: known are {', '.join(METRICS)}")
     if rank_by == "ood" and ood is None:
         raise ValueError("cannot rank by 'ood' without a second data set: give --ood")
-    seeds = seeds if seeds is not None else (QUICK_SEEDS if quick else DEFAULT_SEEDS)
-    epochs = epochs if epochs is not None else (QUICK_EPOCHS if quick else DEFAULT_EPOCHS)
+    seeds = DEFAULT_SEEDS if seeds is None else seeds
     if seeds < 1:
         raise ValueError(f"seeds is {seeds}, expected at least 1")
     sizes = tuple(batch_sizes) if batch_sizes is not None else (QUICK_BATCH_SIZES if quick else DEFAULT_BATCH_SIZES)
@@ -302,13 +306,13 @@ def _plan(
         data=data,
         batch_size=sizes[0],
         seed=0,
-        epochs=epochs,
+        epochs=1 if epochs is None else epochs,
         lr=default_lr(sizes[0]) if lr is None else lr,
         model=model,
         ood=ood,
         device=device,
-        train_samples=max(1, len(dataset.train_x) // 2) if quick else None,
         severities=QUICK_SEVERITIES if quick else (1, 2, 3, 4, 5),
+        test_samples=QUICK_TEST_SAMPLES if quick else DEFAULT_TEST_SAMPLES,
         data_hash=data_hash(data, ood),
         code="",
     )
@@ -319,6 +323,7 @@ def _plan(
     return Plan(
         norms=names,
         batch_sizes=sizes,
+        epochs={size: _epochs(len(dataset.train_x), size, quick) if epochs is None else epochs for size in sizes},
         seeds=seeds,
         tune=tune if tune is not None else lr is None and not quick,
         metric=rank_by,
@@ -329,6 +334,11 @@ def _plan(
         data_kind=dataset.kind,
         sizes=(len(dataset.train_x), len(dataset.test_x)),
     )
+
+
+def _epochs(samples: int, batch_size: int, quick: bool) -> int:
+    steps = QUICK_STEPS if quick else DEFAULT_STEPS
+    return max(DEFAULT_EPOCHS, math.ceil(steps / max(1, samples // batch_size)))
 
 
 def _check_device(device: str) -> None:
@@ -413,14 +423,13 @@ class _Runner:
         self, cell: tuple[str, int], add: Callable[[Sequence[TrialSettings]], list[TrialSettings]]
     ) -> list[TrialSettings]:
         # The scored trials of a cell, as soon as its search is over.
-        lr: float | None = self.plan.base_lr(cell[1])
+        lr = self.plan.base_lr(cell[1])
         if self.plan.tune:
             search = self._searches[cell]
             if any(s.key not in self.outcomes for s in search):
                 return []
-            lr = choose({s.lr: self.outcomes[s.key] for s in search})
-            # Every trial of the search failed: the scored trials record the same error.
-            lr = self.plan.base_lr(cell[1]) if lr is None else lr
+            # If every trial of the search failed, the scored trials record the same error at the default rate.
+            lr = choose({s.lr: self.outcomes[s.key] for s in search}) or lr
         trials = self.plan.scored(*cell, lr)
         self.scored += trials
         return add(trials)
@@ -449,7 +458,6 @@ class _Runner:
     def _work(self, settings: TrialSettings) -> float:
         # In steps: a step costs a fixed part and a part by sample; a test forward pass a third of a training one.
         samples, test = self.plan.sizes
-        samples = min(samples, settings.train_samples or samples)
         steps = settings.epochs * (samples // settings.batch_size)
         if settings.max_steps is not None:
             steps = min(steps, settings.max_steps)
@@ -505,7 +513,7 @@ def _call(values: dict[str, Any]) -> str:
 
 def _print(comparison: Comparison, console: Console) -> None:
     console.print()
-    console.print(ranking_table(comparison.arms, comparison.metric))
+    print_ranking(console, comparison.arms, comparison.metric)
     for settings, failure in comparison.failed:
         if settings.purpose == "score" and settings.seed == 0:
             console.print(

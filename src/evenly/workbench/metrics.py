@@ -285,7 +285,7 @@ def summarize(
     resolution: float = 0.0,
     at_edge: frozenset[tuple[str, int]] = frozenset(),
 ) -> list[Arm]:
-    """The normalizations of a comparison, best first, those without a rank last.
+    """The normalizations of a comparison, by rank and then by mean, those without a rank last.
 
     Args:
         trials: the planned trials of purpose ``"score"`` with their outcomes; ``None``: not run yet.
@@ -307,11 +307,10 @@ def summarize(
         arms.append(_arm(norm, cells))
     ranks = rank({arm.norm: arm.scores[metric] for arm in arms if arm.complete and arm.scores.get(metric)}, resolution)
     ranked = [_with_rank(arm, ranks.get(arm.norm)) for arm in arms]
-    worst_last = {True: 0, False: 1}
 
     def order(arm: Arm) -> tuple[int, float]:
         mean = arm.mean(metric)
-        return worst_last[arm.rank is not None], (-mean if math.isfinite(mean) else math.inf)
+        return math.inf if arm.rank is None else arm.rank, (-mean if math.isfinite(mean) else math.inf)
 
     return sorted(ranked, key=order)
 

@@ -7,15 +7,17 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 from types import TracebackType
 
+from rich import box
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from evenly.workbench.metrics import METRICS, Arm, mpc
 from evenly.workbench.trial import TrialFailure, TrialResult, TrialSettings
 
-__all__ = ["Watch", "ranking_table"]
+__all__ = ["Watch", "notes", "plus_minus", "print_ranking"]
 
 PLAIN_EVERY = 5.0
 """Seconds between two plain lines, at least."""
@@ -129,7 +131,7 @@ class Watch:
         for batch in self.batch_sizes:
             table.add_column(f"batch {batch}", justify="right")
         for norm in self.norms:
-            table.add_row(norm, *(self._entry(norm, batch) for batch in self.batch_sizes))
+            table.add_row(escape(norm), *(self._entry(norm, batch) for batch in self.batch_sizes))
         return Group(table, self._bar)
 
     def _entry(self, norm: str, batch: int) -> str:
@@ -140,43 +142,48 @@ class Watch:
         return f"{100 * clean:.1f} / {100 * robust:.1f} [dim]({len(rows)})[/]"
 
 
-def ranking_table(arms: Sequence[Arm], metric: str) -> Table:
-    """The ranking as a table for the terminal.
+def print_ranking(console: Console, arms: Sequence[Arm], metric: str) -> None:
+    """The ranking: a table as wide as the terminal, or aligned plain lines where there is none.
 
     Args:
+        console: where to.
         arms: from :func:`evenly.workbench.metrics.summarize`.
         metric: what they are ranked by.
     """
-    table = Table(title=f"Ranked by {METRICS[metric]}; % ± standard deviation over seeds", title_justify="left")
-    table.add_column("", justify="right")
-    table.add_column("normalization")
-    shown = [m for m in METRICS if any(m in arm.scores for arm in arms)]
-    titles = {
-        "mpc": "mPC",
-        "clean": "clean",
-        "rpc": "rPC",
-        "worst": "worst corruption",
-        "domain": "domains",
-        "ood": "ood",
-    }
-    for name in shown:
-        table.add_column(titles[name], justify="right")
+    plain = not console.is_terminal
+    if plain:  # nobody wraps lines there
+        console = Console(file=console.file, width=1000, no_color=True)
+    table = Table(box=None if plain else box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0) if plain else (0, 1))
+    shown = [metric, *(m for m in METRICS if m != metric and any(m in arm.scores for arm in arms))]
     batches = [cell.batch_size for cell in arms[0].cells] if arms else []
-    if len(batches) > 1:
-        for batch in batches:
-            table.add_column(f"clean, batch {batch}", justify="right")
-    table.add_column("ms a step", justify="right")
-    table.add_column("notes")
+    wide = console.width >= 110 + 12 * len(batches)
+    for title in ("rank", "normalization"):
+        table.add_column(title, no_wrap=True, justify="right" if title == "rank" else "left")
+    for name in shown:
+        table.add_column(_TITLES[name], no_wrap=True, justify="left" if name == "worst" else "right")
+    if wide:
+        for batch in batches if len(batches) > 1 else ():
+            table.add_column(f"clean, batch {batch}", no_wrap=True, justify="right")
+        table.add_column("ms a step", no_wrap=True, justify="right")
     for arm in arms:
         cells: list[str] = []
         for name in shown:
             text = plus_minus(arm.mean(name), arm.spread(name))
-            cells.append(f"{text} {arm.worst}" if name == "worst" and arm.worst else text)
-        if len(batches) > 1:
-            cells += [plus_minus(cell.mean("clean"), float("nan")) for cell in arm.cells]
-        steps = " / ".join(f"{1000 * cell.seconds_per_step:.1f}" for cell in arm.cells)
-        table.add_row("–" if arm.rank is None else str(arm.rank), arm.norm, *cells, steps, notes(arm))
-    return table
+            cells.append(f"{text} {arm.worst.replace('_', ' ')}" if name == "worst" and arm.worst else text)
+        if wide:
+            if len(batches) > 1:
+                cells += [plus_minus(cell.mean("clean"), float("nan")) for cell in arm.cells]
+            cells.append(" / ".join(f"{1000 * cell.seconds_per_step:.1f}" for cell in arm.cells))
+        style = "bold" if arm.rank == 1 and not plain else ""
+        table.add_row("–" if arm.rank is None else str(arm.rank), escape(arm.norm), *cells, style=style)
+    console.print(f"Ranked by {METRICS[metric]}; %, ± standard deviation over seeds", highlight=False, style="bold")
+    console.print(table)
+    for arm in arms:
+        if notes(arm):
+            console.print(f"{arm.norm}: {notes(arm)}", highlight=False, markup=False, style="dim")
+
+
+_TITLES = {"mpc": "mPC", "clean": "clean", "rpc": "rPC", "worst": "worst corruption", "domain": "domains", "ood": "ood"}
 
 
 def plus_minus(mean: float, spread: float) -> str:

@@ -72,6 +72,7 @@ def render(comparison: Comparison, plan: Plan, runs: Sequence[dict[str, Any]]) -
         comparison=comparison,
         plan=plan,
         settings=plan.template,
+        epochs=_epochs(plan),
         date=datetime.fromtimestamp(newest["started"]).strftime("%d %B %Y, %H:%M"),
         columns=[(m, *_TITLES[m]) for m in metrics],
         rows=[_row(arm, metrics, recipe(arm.norm).description) for arm in arms],
@@ -93,6 +94,12 @@ def render(comparison: Comparison, plan: Plan, runs: Sequence[dict[str, Any]]) -
         environment=newest["environment"],
         percent=lambda value: "–" if value != value else f"{100 * value:.1f}",
     )
+
+
+def _epochs(plan: Plan) -> str:
+    if len(set(plan.epochs.values())) == 1:
+        return str(plan.epochs[plan.batch_sizes[0]])
+    return ", ".join(f"{epochs} at batch {size}" for size, epochs in plan.epochs.items())
 
 
 def _row(arm: Arm, metrics: Sequence[str], description: str) -> dict[str, Any]:
