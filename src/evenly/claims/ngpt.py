@@ -23,7 +23,7 @@ from torch import nn
 from evenly.claims._harness import Check, Claim, Judgement, Metric, Results, Trial
 from evenly.claims._picture import BASELINE, METHOD, tidy
 from evenly.data import TextData, load_text
-from evenly.models import GPT, NGPT, NGPTConfig, gpt
+from evenly.models import GPT, NGPT, Attention, NGPTConfig, gpt
 from evenly.nn import ProjectedOptimizer
 
 if TYPE_CHECKING:
@@ -171,10 +171,10 @@ def _loss(model: GPT | NGPT, windows: torch.Tensor) -> float:
 
 @torch.no_grad()
 def _condition(model: GPT | NGPT) -> float:
-    if isinstance(model, NGPT):
-        weights = [layer.weight for block in model.blocks for layer in (block.query, block.key)]
-    else:
-        weights = [part for block in model.blocks for part in block.attention.branch.qkv.weight.split(WIDTH)[:2]]
+    weights = [p for name, p in model.named_parameters() if name.endswith(("query.weight", "key.weight"))]
+    for layer in model.modules():
+        if isinstance(layer, Attention):
+            weights += layer.qkv.weight.split(WIDTH)[:2]
     return statistics.median(torch.linalg.cond(weight.double()).item() for weight in weights)
 
 
