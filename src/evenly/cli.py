@@ -186,7 +186,7 @@ def compare(
         typer.Option(min=1, help="Passes over the training set. [default: 110 steps, at least 2; on text 240 steps]"),
     ] = None,
     lr: Annotated[
-        float | None, typer.Option(help="Learning rate. [default: 0.01 * sqrt(batch size / 64), searched around]")
+        float | None, typer.Option(help="Learning rate. [default: 0.02 * sqrt(batch size / 64), searched around]")
     ] = None,
     tune: Annotated[
         bool | None,

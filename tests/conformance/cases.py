@@ -33,10 +33,13 @@ class LayerCase:
     batch_statistics: bool = False  # in training, samples of a batch share a statistic
     running_state: bool = False
     parameters: bool = True
+    channel_dim: int = 1
     shared_channels: int = 1  # with batch statistics: channels (the first, ...) that one bad value spoils
     keeps_format: bool = True  # channels-last in, channels-last out
     mask: bool = True
     residual: bool = True
+    exact_gradient: bool = True  # False: in training, the backward pass is not the derivative of the forward pass
+    stream: bool = False  # in training, a sample changes what comes after it in the batch
     measures: bool = True  # False: a fixed affine map, which follows the scale of its input
     roundings: int = 1  # to the type of a half input, on the way to the result
     accuracy: float = 1e-6  # relative to float64, in float32, on badly scaled input, where torch has no such layer
@@ -75,6 +78,8 @@ _TOKENS = {
     "zero_size": ((0, 7, 8), (0, 8), (2, 0, 8)),
     "wrong": ((5, 7), (5, 8, 1), ()),
 }
+
+_SQUARES = {"1e20": "the squares of values of 1e20 are above the largest float32"}
 
 LAYERS = (
     LayerCase(
@@ -214,6 +219,131 @@ LAYERS = (
         running_state=True,
         shows=("'n c ... -> c'", "running='n c ... -> c'", "momentum=0.3"),
     ),
+    LayerCase(
+        "PowerNorm",
+        "evenly.nn:PowerNorm",
+        lambda **kw: en.PowerNorm(8, warmup_iters=1, group_num=2, **kw),
+        **_TOKENS,
+        catalog="powernorm",
+        batch_statistics=True,
+        running_state=True,
+        channel_dim=-1,
+        shared_channels=4,  # group scaling spreads a bad value over its group
+        exact_gradient=False,
+        mask=False,
+        residual=False,
+        roundings=2,
+        exempt=_SQUARES,
+        shows=("8", "eps=", "alpha_fwd=", "alpha_bkw=", "warmup_iters=1", "group_num=2"),
+    ),
+    LayerCase(
+        "PowerNorm (images)",
+        "evenly.nn:PowerNorm",
+        lambda **kw: en.PowerNorm(
+            4, warmup_iters=1, channel_dim=1, group_scaling=False, backward_scale="batch", affine=False, **kw
+        ),
+        **_IMAGES,
+        catalog="powernorm",
+        batch_statistics=True,
+        running_state=True,
+        parameters=False,
+        exact_gradient=False,
+        mask=False,
+        residual=False,
+        exempt=_SQUARES,
+        shows=("4", "channel_dim=1", "group_scaling=False", "backward_scale='batch'"),
+    ),
+    LayerCase(
+        "PowerNormV",
+        "evenly.nn:PowerNormV",
+        lambda **kw: en.PowerNormV(8, **kw),
+        **_TOKENS,
+        catalog="powernorm",
+        batch_statistics=True,
+        running_state=True,
+        channel_dim=-1,
+        mask=False,
+        residual=False,
+        exempt=_SQUARES,
+        shows=("8", "eps=", "alpha_fwd="),
+    ),
+    LayerCase(
+        "GroupScaling",
+        "evenly.nn:GroupScaling",
+        lambda device=None, dtype=None: en.GroupScaling(2),
+        **{**_TOKENS, "wrong": ((5, 7), ())},
+        catalog="powernorm",
+        parameters=False,
+        mask=False,
+        residual=False,
+        exempt=_SQUARES,
+        shows=("group_num=2", "eps="),
+    ),
+    *(
+        LayerCase(
+            name,
+            f"evenly.nn:{kind.__name__}",
+            lambda kind=kind, options=options, **kw: kind(4, 0.9, 0.9, **options, **kw),
+            **{**_IMAGES, "shapes": shapes, "one_sample": (1, *shapes[0][1:]), "zero_size": ((0, *shapes[0][1:]),)},
+            catalog="online-normalization",
+            running_state=True,
+            exact_gradient=False,
+            stream=True,
+            measures=False,
+            mask=False,
+            residual=False,
+            exempt=_SQUARES,
+            shows=("4", "alpha_fwd=", "alpha_bkw=", "eps=", "guard="),
+        )
+        for name, kind, options, shapes in (
+            ("OnlineNorm", en.OnlineNorm, {}, _IMAGES["shapes"]),
+            ("OnlineNorm (clamping)", en.OnlineNorm, {"guard": "activation_clamping"}, _IMAGES["shapes"]),
+            ("OnlineNorm1d", en.OnlineNorm1d, {"group_size": 2}, ((5, 4), (5, 4, 7))),
+            ("OnlineNorm2d", en.OnlineNorm2d, {}, ((5, 4, 6, 3),)),
+            ("OnlineNorm3d", en.OnlineNorm3d, {"guard": "none"}, ((5, 4, 2, 3, 2),)),
+        )
+    ),
+    LayerCase(
+        "BCNorm",
+        "evenly.nn:BCNorm",
+        lambda **kw: en.BCNorm(4, 2, **kw),
+        **_IMAGES,
+        catalog="bcn-ws",
+        batch_statistics=True,
+        running_state=True,
+        shared_channels=2,
+        roundings=2,
+        exempt=_SQUARES,
+        shows=("4", "2", "eps=", "estimate=False"),
+    ),
+    LayerCase(
+        "BCNorm (estimated)",
+        "evenly.nn:BCNorm",
+        lambda **kw: en.BCNorm(4, 2, estimate=True, channel_affine="channel", **kw),
+        **_IMAGES,
+        catalog="bcn-ws",
+        batch_statistics=True,
+        running_state=True,
+        shared_channels=2,
+        exact_gradient=False,
+        measures=False,  # the estimates are still near where they started
+        roundings=2,
+        exempt=_SQUARES,
+        shows=("4", "2", "eps=", "estimate=True", "channel_affine='channel'"),
+    ),
+    LayerCase(
+        "EstBatchNorm",
+        "evenly.nn:EstBatchNorm",
+        lambda **kw: en.EstBatchNorm(4, **kw),
+        **_IMAGES,
+        catalog="bcn-ws",
+        batch_statistics=True,
+        running_state=True,
+        exact_gradient=False,
+        measures=False,
+        exempt=_SQUARES,
+        shows=("4", "eps=", "moving_speed="),
+    ),
 )
 
 _CONVOLUTIONS = (
@@ -228,6 +358,7 @@ PARAMETRIZATIONS = (
         "evenly.weights:WeightStandardization",
         lambda **kw: WeightStandardization(**kw),
         _CONVOLUTIONS,
+        catalog="bcn-ws",
     ),
 )
 

@@ -152,7 +152,7 @@ def test_zero_size(case):
             assert x.grad.shape == shape
             assert all(p.grad is None or torch.equal(p.grad, torch.zeros_like(p)) for p in layer.parameters())
             for k, v in layer.state_dict().items():
-                if k != "num_batches_tracked":
+                if not k.endswith("num_batches_tracked"):
                     assert torch.equal(v, before[k]), k
 
 
@@ -186,8 +186,12 @@ def test_memory_formats(case):
 
 @every_layer
 def test_gradcheck(case):
-    """Every input and parameter, in training and in evaluation, in float64 against finite differences."""
-    for training in [True, False]:
+    """Every input and parameter, in training and in evaluation, in float64 against finite differences.
+
+    A layer whose backward pass is a control process, or takes estimates for constants, has oracles of its own in
+    training; in evaluation it is an ordinary layer.
+    """
+    for training in [True, False] if case.exact_gradient else [False]:
         for shape in case.shapes[:3]:
             layer = build(case, dtype=torch.float64).train(training)
             names = [n for n, _ in layer.named_parameters()]
@@ -459,7 +463,8 @@ def test_bad_input(case):
 @every_layer
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_nan_and_inf(case, bad):
-    """A bad value spoils its own group, as in torch.nn; without a shared statistic, no other sample."""
+    """A bad value spoils its own group, as in torch.nn; without a shared statistic, no other sample (in a stream, no
+    earlier one)."""
     shape = case.shapes[0]
     x = data(shape)
     x[(1, *[0] * (len(shape) - 1))] = bad
@@ -472,11 +477,12 @@ def test_nan_and_inf(case, bad):
             if len(shape) == 4 or "Norm2d" not in type(theirs).__name__:
                 assert torch.equal(y.isfinite(), theirs(x).isfinite())
         if case.batch_statistics and (training or not case.running_state):
-            torch.testing.assert_close(y[:, case.shared_channels :], clean[:, case.shared_channels :])
+            y_others, clean_others = (t.movedim(case.channel_dim, 1)[:, case.shared_channels :] for t in (y, clean))
+            torch.testing.assert_close(y_others, clean_others)
         else:
-            others = [i for i in range(shape[0]) if i != 1]
+            others = [i for i in range(shape[0]) if i < 1 or (i > 1 and not (case.stream and training))]
             torch.testing.assert_close(y[others], clean[others])
-        assert not y.isfinite().all() or "Scale" in case.name
+        assert not y.isfinite().all() or "Scale" in case.name or "clamping" in case.name
 
 
 @every_layer

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
@@ -608,3 +611,63 @@ def test_none_keeps_what_cannot_be_folded():
     x = torch.randn(2, 3, 4, 4)
     assert relative(out(x), model(x)) < 1e-5
     assert "not folded" in report.rows[0].note
+
+
+def test_progress_is_shown_on_a_terminal_only(monkeypatch, capsys):
+    from rich.console import Console
+
+    model, batches = settled()
+    evenly.convert(model, "group", calibrate=batches, refine=2)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(Console, "is_terminal", True)
+    with torch.no_grad():
+        evenly.convert(model, "group", calibrate=batches, refine=2)
+    assert "calibrate to group" in capsys.readouterr().err
+
+
+@settings(max_examples=25)
+@given(
+    rank=st.integers(1, 3), groups=st.integers(1, 3), kernel=st.integers(1, 3), stride=st.integers(1, 2),
+    dilation=st.integers(1, 2), padding=st.integers(0, 2), mode=st.sampled_from(["zeros", "circular", "replicate"]),
+)  # fmt: skip
+def test_solved_weights_are_those_of_the_target_network(rank, groups, kernel, stride, dilation, padding, mode):
+    from evenly.conversion.linear import WeightFit
+
+    torch.manual_seed(0)
+    cls = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1]
+    options = {"stride": stride, "dilation": dilation, "padding": padding, "groups": groups, "padding_mode": mode}
+    mine, other = (cls(2 * groups, 3 * groups, kernel, **options) for _ in range(2))
+    fit = WeightFit(mine)
+    with torch.no_grad():
+        for _ in range(2):
+            x = torch.randn(24 if rank < 3 else 12, 2 * groups, *[6] * rank)
+            fit.update(x, other(x), mine(x))
+    assert fit.solve() <= 1e-3
+    assert torch.allclose(mine.weight, other.weight, atol=2e-2)
+    assert torch.allclose(mine.bias, other.bias, atol=2e-2)
+
+
+@settings(max_examples=30)
+@given(cuts=st.lists(st.integers(1, 39), max_size=4), offset=st.sampled_from([0.0, 1e4]), dead=st.booleans())
+def test_channel_fit_does_not_depend_on_the_batches(cuts, offset, dead):
+    from evenly.conversion.linear import ChannelFit
+
+    g = torch.Generator().manual_seed(1)
+    z, noise = torch.randn(40, 3, 5, generator=g).double(), torch.randn(40, 3, 5, generator=g).double()
+    if dead:
+        z[:, 1] = 0
+    z = z + offset
+    t = 3 * (z - offset) + 1 + 0.1 * noise
+    fit = ChannelFit(1)
+    edges = sorted({0, *cuts, 40})
+    for a, b in itertools.pairwise(edges):
+        fit.update(z[a:b], t[a:b])
+    scale, shift = fit.solve(torch.full((3,), 7.0), shrink=1e-12)
+    for c in range(3):
+        if dead and c == 1:
+            assert scale[c].item() == pytest.approx(7)
+            continue
+        centred = z[:, c] - z[:, c].mean()
+        assert scale[c].item() == pytest.approx(((centred * t[:, c]).sum() / centred.square().sum()).item(), rel=1e-6)
+    assert torch.allclose(scale * fit.means()[0] + shift, fit.means()[1], atol=1e-6)
+    assert fit.variance()[0].item() == pytest.approx(z[:, 0].var(correction=0).item(), rel=1e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -67,7 +68,7 @@ def test_plain_lines(finished: Finished) -> None:
     assert "left)" in text
 
 
-def run_again(finished: Finished, **changes: Any) -> Any:
+def run_again(norms: list[str], out: Path, **changes: Any) -> Any:
     options: dict[str, Any] = {
         "data": "digits",
         "ood": "digits",
@@ -78,37 +79,30 @@ def run_again(finished: Finished, **changes: Any) -> Any:
         "tune": True,
         "quick": True,
         "workers": 1,
-        "out": finished.comparison.out,
+        "out": out,
         "console": quiet(),
     }
-    return compare(["batch", "layer"], **options | changes)
+    return compare(norms, **options | changes)
 
 
-def test_the_same_folder_runs_nothing_twice(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_folder_runs_nothing_twice(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = shutil.copytree(finished.comparison.out, tmp_path / "copy")
+
     def no_engine(*rest: object, **more: object) -> Engine:
         raise AssertionError("an engine was started")
 
     monkeypatch.setattr(MODULE, "make_engine", no_engine)
-    again = run_again(finished)
+    again = run_again(["batch", "layer"], out)
     assert again.loaded == len(again.trials) == 20
     before = {arm.norm: arm.scores for arm in finished.comparison.arms}
     assert {arm.norm: arm.scores for arm in again.arms} == {n: before[n] for n in ("batch", "layer")}
     # Another ranking needs no new trial.
-    assert run_again(finished, rank_by="clean").metric == "clean"
+    assert run_again(["layer", "batch"], out, rank_by="clean").metric == "clean"
     # Failed trials are tried again: here they would need the engine.
     with pytest.raises(AssertionError, match="an engine was started"):
-        compare(
-            ["workbench.factories:raising"],
-            data="digits",
-            ood="digits",
-            batch_sizes=[32, 64],
-            seeds=2,
-            epochs=1,
-            tune=True,
-            quick=True,
-            out=finished.comparison.out,
-            console=quiet(),
-        )
+        run_again(["workbench.factories:raising"], out)
 
 
 class Here(Engine):
@@ -293,3 +287,21 @@ def test_killed_and_started_again_it_loses_and_repeats_nothing(tmp_path: Path) -
     assert all(tries == 1 for _, _, _, tries, _ in after.values())
     assert {run for _, _, run, _, _ in after.values()} == {1, 2}
     assert (tmp_path / "report.html").exists()
+
+
+def test_a_script_without_a_main_guard(tmp_path: Path) -> None:
+    script = tmp_path / "mine.py"
+    script.write_text(
+        "from evenly.workbench import compare\n"
+        "print('begun')\n"
+        "done = compare(['layer'], data='wine', batch_sizes=[16], seeds=1, epochs=1, tune=False, workers=1)\n"
+        "print(len(done.trials), 'trials')\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("begun") == 1
+    assert "1 trials" in done.stdout
+    assert (tmp_path / "evenly-compare" / "report.html").exists()

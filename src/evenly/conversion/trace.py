@@ -97,6 +97,10 @@ class Flow:
 
 
 class _Recorder(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else the first call imports the whole compiler, for seconds
+
     def __init__(self, flow: Flow, parameters: Mapping[int, str]) -> None:
         super().__init__()
         self.flow = flow

@@ -13,10 +13,13 @@ from typing import Any
 from torch import nn
 
 from evenly.nn.batchnorm import BatchNorm, FrozenBatchNorm
+from evenly.nn.bcnorm import BCNorm
 from evenly.nn.groupnorm import GroupNorm, InstanceNorm
 from evenly.nn.layernorm import LayerNorm, RMSNorm, ScaleNorm
 from evenly.nn.nonorm import NoNorm
 from evenly.nn.norm import Norm
+from evenly.nn.onlinenorm import OnlineNorm
+from evenly.nn.powernorm import PowerNorm
 
 __all__ = ["available", "create", "default_groups"]
 
@@ -66,6 +69,34 @@ def _frozen(c: int, groups: int | None, last: bool, o: dict[str, Any]) -> nn.Mod
     return FrozenBatchNorm(c, **o)
 
 
+def _power(c: int, groups: int | None, last: bool, o: dict[str, Any]) -> nn.Module:
+    # The class's warm-up is that of a translation recipe of 100000 steps; here the state is warm after some dozens.
+    o = {"warmup_iters": 100, "group_num": 1 if groups is None else groups} | _without_activation("power", o)
+    return PowerNorm(c, channel_dim=-1 if last else 1, **o)
+
+
+def _online(c: int, groups: int | None, last: bool, o: dict[str, Any]) -> nn.Module:
+    return OnlineNorm(c, channel_dim=-1 if last else 1, **_without_activation("online", o))
+
+
+def _batch_channel(estimate: bool) -> Callable[[int, int | None, bool, dict[str, Any]], nn.Module]:
+    def build(c: int, groups: int | None, last: bool, o: dict[str, Any]) -> nn.Module:
+        if last:
+            raise ValueError("Batch-channel normalization is for channels at axis 1, as in (N, C, H, W).")
+        speed = {"moving_speed": 0.1} if estimate else {}
+        return BCNorm(c, default_groups(c) if groups is None else groups, estimate=estimate, **(speed | o))
+
+    return build
+
+
+def _without_activation(name: str, o: dict[str, Any]) -> dict[str, Any]:
+    if o.get("activation") is not None:
+        raise ValueError(
+            f"{name!r} has no fused activation, got activation={o['activation']!r}; put it after the layer."
+        )
+    return {key: value for key, value in o.items() if key != "activation"}
+
+
 def _none(c: int, groups: int | None, last: bool, o: dict[str, Any]) -> nn.Module:
     return NoNorm(activation=o.get("activation"))
 
@@ -80,6 +111,10 @@ _LAYERS: dict[str, Callable[[int, int | None, bool, dict[str, Any]], nn.Module]]
     "scale": _scale,
     "group": _group,
     "instance": _instance,
+    "power": _power,
+    "online": _online,
+    "bcn": _batch_channel(False),
+    "bcn-est": _batch_channel(True),
 }
 
 
@@ -113,6 +148,10 @@ def create(
     scale        rms with one learned scale                  l2 with one learned length
     group        one a sample and group                      one a position and group
     instance     one a sample and channel                    the same
+    power        a running mean square a channel             the same
+    online       a running mean and variance a channel       the same
+    bcn          batch, then group                           refused
+    bcn-est      the same, by estimates (micro-batches)      refused
     none         residual and activation only                the same
     ===========  ==========================================  ==============================
 
@@ -120,7 +159,8 @@ def create(
         name: one of :func:`available`.
         num_features: C.
         channel_dim: 1 or -1.
-        num_groups: of ``"group"``; default :func:`default_groups`.
+        num_groups: of ``"group"`` and ``"bcn"``; default :func:`default_groups`. Of ``"power"``: of its group
+            scaling; default 1.
         **options: ``eps``, ``activation``, ``device``, ``dtype``, passed to the layer.
 
     Raises:

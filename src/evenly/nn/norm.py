@@ -213,8 +213,8 @@ class Norm(nn.Module):
         """Move the running statistics towards those of this batch; the variance unbiased."""
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            return  # recomputed inside a backward pass (activation checkpointing): it was counted already
+        if recomputing():
+            return  # it was counted already
         mean, var, count = measured.mean.detach(), measured.var.detach(), measured.count
         if count.numel() == 0:
             return
@@ -289,6 +289,41 @@ def check_positive(layer: str, **sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{layer} got {name}={size}, expected a positive number.")
+
+
+def recomputing() -> bool:
+    """Whether this forward pass runs inside a backward pass, as activation checkpointing does."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def slices(x: Tensor) -> int:
+    """How many rows of the first axis to work on at a time.
+
+    On a CPU, temporary values of a slice stay in its cache; elsewhere there is one slice.
+    """
+    if x.device.type != "cpu" or x.numel() <= 1 << 18 or torch.compiler.is_compiling():
+        return max(1, x.shape[0])
+    return max(1, (x.shape[0] << 18) // x.numel())
+
+
+def sum_of_products(a: Tensor, b: Tensor, dims: Sequence[int]) -> Tensor:
+    """``(a * b).sum(dims)`` for axes counted from the front, in :func:`slices`."""
+    if not dims:
+        return a * b
+    rows = slices(a)
+    if rows >= a.shape[0] or (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)):
+        return (a * b).sum(list(dims))
+    parts = [(u * v).sum(list(dims)) for u, v in zip(a.split(rows), b.split(rows), strict=True)]
+    return torch.stack(parts).sum(0) if 0 in dims else torch.cat(parts)
+
+
+def refuse_second_derivative(layer: str) -> None:
+    """To be called first in a backward pass that is not the derivative of a function, and so has none itself."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{layer} in training has no second derivative: its backward pass is no derivative, and moves its state. "
+            f"Call backward() or grad() without create_graph=True, or put the layer in eval()."
+        )
 
 
 def check_axis(x: Tensor, axis: int, size: int, layer: str, minimum: int = 2) -> None:

@@ -19,13 +19,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from evenly.core import normalize
 
-__all__ = ["WeightStandardization", "weight_standardization", "weight_standardize_"]
+__all__ = ["WSConv2d", "WeightStandardization", "weight_standardization", "weight_standardize_"]
 
 Variant = Literal["paper", "unbiased_inside", "unbiased_outside"]
 _VARIANTS = ("paper", "unbiased_inside", "unbiased_outside")
@@ -46,7 +45,7 @@ class WeightStandardization(nn.Module):
     Raises:
         ValueError: a filter of one weight, which would be standardized to 0.
 
-    >>> conv = torch.nn.Conv2d(3, 8, 3)
+    >>> conv = nn.Conv2d(3, 8, 3)
     >>> _ = parametrize.register_parametrization(conv, "weight", WeightStandardization())
     >>> conv.weight.mean(dim=(1, 2, 3)).abs().max().item() < 1e-6
     True
@@ -62,22 +61,24 @@ class WeightStandardization(nn.Module):
         self.variant: Variant = variant
         self.transposed_groups = transposed_groups
 
-    def forward(self, weight: Tensor) -> Tensor:
-        """Standardize a weight of shape (out, in, ...)."""
+    def check(self, weight: Tensor) -> None:
+        """Refuse a weight that cannot be standardized."""
         if weight.ndim < 2:
             raise ValueError(f"WeightStandardization expects a weight (out, in, ...), got shape {tuple(weight.shape)}.")
         groups = self.transposed_groups
-        sizes: dict[str, Any] = {}
-        if groups is None:
-            pattern, fan = "o ... -> o", weight[0].numel()
-        else:
-            pattern, sizes["g"] = "(g i) o ... -> g o", groups
-            fan = weight.numel() // max(1, groups * weight.shape[1])
-        if fan == 1:
+        filters = weight.shape[0] if groups is None else groups * weight.shape[1]
+        if weight.numel() == filters:
             raise ValueError(
                 f"A filter of the weight of shape {tuple(weight.shape)} has a single value, which weight "
                 f"standardization would turn into 0. Leave this layer out (only=)."
             )
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Standardize a weight of shape (out, in, ...)."""
+        self.check(weight)
+        groups = self.transposed_groups
+        sizes: dict[str, Any] = {} if groups is None else {"g": groups}
+        pattern = "o ... -> o" if groups is None else "(g i) o ... -> g o"
         correction = 0 if self.variant == "paper" else 1
         if self.variant != "unbiased_outside":
             return normalize(weight, pattern, eps=self.eps, correction=correction, **sizes)
@@ -97,20 +98,54 @@ class WeightStandardization(nn.Module):
         return f"eps={self.eps:g}, variant={self.variant!r}"
 
 
+class WSConv2d(nn.Conv2d):
+    """``torch.nn.Conv2d`` with standardized weights; its state dict is that of the plain convolution.
+
+    Args:
+        in_channels, out_channels, kernel_size, **options: as ``torch.nn.Conv2d``.
+        ws_eps, variant: as ``eps`` and ``variant`` of :class:`WeightStandardization`.
+
+    Raises:
+        ValueError: a filter of one weight (a depthwise 1x1 convolution).
+
+    >>> import torch
+    >>> conv = WSConv2d(3, 8, 3, padding=1, bias=False)
+    >>> conv(torch.randn(2, 3, 6, 6)).shape
+    torch.Size([2, 8, 6, 6])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        *,
+        ws_eps: float = 1e-5,
+        variant: Variant = "paper",
+        **options: Any,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, **options)
+        self.standardize = WeightStandardization(ws_eps, variant)
+        self.standardize.check(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve (N, C, H, W)."""
+        return self._conv_forward(x, self.standardize(self.weight), self.bias)
+
+
 def weight_standardization(
     module: nn.Module, name: str = "weight", eps: float = 1e-5, variant: Variant = "paper"
 ) -> nn.Module:
     """Standardize one weight of a module, in the idiom of ``torch.nn.utils.parametrizations``; returns the module.
 
-    >>> weight_standardization(torch.nn.Conv1d(4, 8, 3)).weight.shape
+    >>> weight_standardization(nn.Conv1d(4, 8, 3)).weight.shape
     torch.Size([8, 4, 3])
     """
     if _standardized(module, name):
         raise ValueError(f"The {name} of {type(module).__name__} is standardized already.")
     groups = module.groups if isinstance(module, _TRANSPOSED) else None
     parametrization = WeightStandardization(eps, variant, groups)
-    with torch.no_grad():
-        parametrization(getattr(module, name))  # refuse before anything is changed
+    parametrization.check(getattr(module, name))  # refuse before anything is changed
     parametrize.register_parametrization(module, name, parametrization)
     return module
 
@@ -136,7 +171,7 @@ def weight_standardize_(
         ValueError: a name in ``only`` is not a convolution of the model or is standardized already, or nothing was
             found.
 
-    >>> weight_standardize_(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU()))
+    >>> weight_standardize_(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
     ['0']
     """
     convolutions = {

@@ -19,6 +19,7 @@ import importlib
 import math
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -37,6 +38,7 @@ from evenly.workbench.store import Store
 from evenly.workbench.trial import (
     TrialFailure,
     TrialSettings,
+    build_model,
     code_version,
 )
 from evenly.workbench.tune import choose, default_lr, grid
@@ -126,8 +128,6 @@ def compare(
 ) -> Comparison:
     """Compare normalizations by training with each of them.
 
-    In a script, call it under ``if __name__ == "__main__":``, since the worker processes import the script.
-
     Args:
         norms: names in :data:`evenly.models.RECIPES`, or ``"module:attribute"`` paths to your own; ``None``: every
             recipe for the kind of data.
@@ -140,7 +140,7 @@ def compare(
         seeds: number of seeds, default 3.
         epochs: passes over the training set; default: as many as make 110 steps (quick: 88), at least 2, which
             leaves small data and large batches enough steps to learn anything. On text 240 steps (quick: 50).
-        lr: the learning rate, or the centre of the grid with ``tune=True``; default 0.01 * sqrt(batch size / 64), on
+        lr: the learning rate, or the centre of the grid with ``tune=True``; default 0.02 * sqrt(batch size / 64), on
             text 0.003 * sqrt(batch size / 16).
         tune: search the learning rate of each normalization and batch size (see :mod:`evenly.workbench.tune`).
             ``None``: yes, unless ``lr`` or ``quick`` is given. A trial of the search takes at most 240 steps and is
@@ -258,6 +258,7 @@ class Plan:
     def scored(self, norm: str, batch_size: int, lr: float) -> list[TrialSettings]:
         """The scored trials of one cell, one a seed."""
         cell = replace(self.template, norm=norm, batch_size=batch_size, epochs=self.epochs[batch_size], lr=lr)
+        cell = replace(cell, code=_code(cell.model, norm))
         return [replace(cell, seed=seed) for seed in range(self.seeds)]
 
     def base_lr(self, batch_size: int) -> float:
@@ -282,6 +283,9 @@ def _plan(
 ) -> Plan:
     from evenly.models import recipe, recipes_for
 
+    here = str(Path.cwd())
+    if any(":" in path for path in (model or "", *(norms or ()))) and not {"", here} & set(sys.path):
+        sys.path.insert(0, here)  # as `python -m` does: a user's file beside them
     if rank_by not in METRICS:
         raise ValueError(f"cannot rank by {rank_by!r}: known are {', '.join(METRICS)}")
     if (rank_by in LOWER) != is_text(data):
@@ -320,7 +324,6 @@ def _plan(
                 f"{', '.join(wrong)} cannot normalize feature vectors; for model {model!r} known are "
                 f"{', '.join(recipes_for(kind))}"
             )
-    own = [path for path in (model, *names) if ":" in path]
     template = TrialSettings(
         norm=names[0],
         data=data,
@@ -337,9 +340,7 @@ def _plan(
         code="",
     )
     # Wrong models are refused here, before any process starts. What only one layer dislikes is a failed trial.
-    from evenly.workbench.trial import build_model
-
-    build_model(model, dataset.kind, tuple(dataset.train_x.shape[1:]), len(dataset.class_names), names[0])
+    build_model(model, dataset.kind, dataset.input_shape, dataset.num_classes, "none")
     return Plan(
         norms=names,
         batch_sizes=sizes,
@@ -348,7 +349,7 @@ def _plan(
         tune=tune,
         metric=rank_by,
         resolution=1 / len(dataset.test_x),
-        template=replace(template, code=code_version(*own)),
+        template=replace(template, code=_code(model, names[0])),
         lr=lr,
         data_name=dataset.name,
         data_kind=dataset.kind,
@@ -397,7 +398,7 @@ def _plan_text(
         max_steps=None if epochs is not None else QUICK_TEXT_STEPS if quick else TEXT_STEPS,
         severities=(),
         data_hash=data_hash(data),
-        code=code_version(*(path for path in names if ":" in path)),
+        code=_code("gpt", names[0]),
     )
     build_language_model(names[0])
     return Plan(
@@ -414,6 +415,11 @@ def _plan_text(
         data_kind="text",
         sizes=(len(windows(text.train)[0]), len(windows(text.val)[0])),
     )
+
+
+def _code(model: str, norm: str) -> str:
+    # A user's own file counts for the trials that use it, and for no others.
+    return code_version(*(path for path in (model, norm) if ":" in path))
 
 
 def _epochs(samples: int, batch_size: int, quick: bool) -> int:

@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import traceback
+import types
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
@@ -186,8 +187,7 @@ class LocalEngine(Engine):
             self._unborn += 1
             if self._unborn > self.workers:
                 raise RuntimeError(
-                    f"the worker processes cannot start (exit code {code}). In a script, call compare() under "
-                    "`if __name__ == '__main__':`, since workers import the script"
+                    f"the worker processes end before they are ready (exit code {code}); their error is above"
                 )
         if self._queue or worker.settings is not None:
             self._pool.append(_Worker(self._context, self._cache))
@@ -218,7 +218,8 @@ class _Worker:
     def __init__(self, context: Any, cache: str | None) -> None:
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, cache, list(sys.path)), daemon=True)
-        with _environment(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", CUBLAS_WORKSPACE_CONFIG=":4096:8"):
+        single = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+        with _environment(**single), _without_main():
             self.process.start()
         theirs.close()
         self.ready = False
@@ -243,6 +244,18 @@ def _environment(**values: str) -> Iterator[None]:
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    # A spawned process imports the script that started it, which would run a script without a main guard again.
+    # A trial needs nothing from there: settings name models and layers by import path.
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _serve(pipe: multiprocessing.connection.Connection, cache: str | None, path: list[str]) -> None:

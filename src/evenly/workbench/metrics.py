@@ -183,7 +183,8 @@ def rank(scores: Mapping[str, Mapping[int, float]], resolution: float = 0.0, *, 
     Returns:
         Rank by name, best mean first.
 
-    >>> rank({"a": {0: 0.5, 1: 0.5}, "b": {0: 0.9, 1: 0.8}, "c": {0: 0.8, 1: 0.9}})
+    >>> sure, unsure, worse = {0: 0.90, 1: 0.91, 2: 0.92}, {0: 0.85, 1: 0.93, 2: 0.9}, {0: 0.5, 1: 0.5, 2: 0.51}
+    >>> rank({"a": worse, "b": sure, "c": unsure})
     {'b': 1, 'c': 1, 'a': 3}
     """
     sign = -1 if lower else 1

@@ -217,15 +217,20 @@ def plus_minus(mean: float, spread: float, metric: str = "clean") -> str:
     return f"{100 * mean:.1f}" if spread != spread else f"{100 * mean:.1f} ± {100 * spread:.1f}"
 
 
-def notes(arm: Arm) -> str:
-    """What else is to be said of a normalization: failures, divergences, a learning rate at the end of its grid."""
+def notes(arm: Arm, rates: bool = True) -> str:
+    """What else is to be said of a normalization: failures, divergences, a learning rate at the end of its grid.
+
+    Args:
+        arm: the normalization.
+        rates: whether to say the last.
+    """
     said = []
     if arm.failed:
         said.append(f"{arm.failed} failed")
     if arm.diverged:
         said.append(f"{arm.diverged} diverged")
     edges = [str(cell.batch_size) for cell in arm.cells if cell.at_edge]
-    if edges:
+    if edges and rates:
         said.append(f"lr at the end of its grid (batch {', '.join(edges)})")
     return "; ".join(said)
 

@@ -92,6 +92,11 @@ def render(comparison: Comparison, plan: Plan, runs: Sequence[dict[str, Any]]) -
         memory_unit=_memory_unit(arms)[0],
         memory_kind=next((c.memory_kind for a in arms for c in a.cells if c.memory_bytes), "saved"),
         search=_search(comparison, plan),
+        edges="; ".join(
+            f"{arm.norm} (batch {', '.join(str(cell.batch_size) for cell in arm.cells if cell.at_edge)})"
+            for arm in arms
+            if any(cell.at_edge for cell in arm.cells)
+        ),
         failures=[
             (s.norm, s.batch_size, "search" if s.purpose == "tune" else f"seed {s.seed}", failure.error)
             for s, failure in comparison.failed
@@ -125,7 +130,7 @@ def _row(arm: Arm, metrics: Sequence[str], description: str) -> dict[str, Any]:
             {"value": _number(cell.mean(first)), "text": plus_minus(cell.mean(first), math.nan, first)}
             for cell in arm.cells
         ],
-        "notes": notes(arm),
+        "notes": notes(arm, rates=False),
     }
 
 

@@ -101,9 +101,15 @@ def evaluation_sets(settings: TrialSettings, cache: str | Path | None = None) ->
         settings.severities,
         settings.corruption_seed,
         settings.test_samples,
-        settings.code,
+        _code(),
         None if cache is None else str(cache),
     )
+
+
+def _code() -> str:
+    from evenly.workbench.trial import code_version
+
+    return code_version()
 
 
 @functools.lru_cache(maxsize=2)

@@ -29,7 +29,6 @@ import inspect
 import json
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -384,8 +383,6 @@ def _factory(model: str) -> Callable[..., Any]:
         raise ValueError(
             f"unknown model {model!r}: known are resnet, mlp and, for text, gpt; or give your own as 'module:factory'"
         )
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # as `python -m` does: the user's file beside them
     try:
         factory = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:

@@ -7,7 +7,7 @@ accuracy on the held-out fifth wins; of equals the one with the lower loss. Tria
 no accuracy, the loss alone decides, and the trainings of the search are as long as the scored ones, so that their
 losses are a curve over learning rates.
 
-The default rate is 0.01 at batch size 64 (0.003 at 16 on text), for AdamW, and grows with the square root of the batch
+The default rate is 0.02 at batch size 64 (0.003 at 16 on text), for AdamW, and grows with the square root of the batch
 size; the grid multiplies it.
 """
 
@@ -36,12 +36,12 @@ TUNE_SEED = 1_000_000
 
 
 def default_lr(batch_size: int, data: str = "") -> float:
-    """The learning rate where none is given: 0.01 * sqrt(batch_size / 64); on text 0.003 * sqrt(batch_size / 16).
+    """The learning rate where none is given: 0.02 * sqrt(batch_size / 64); on text 0.003 * sqrt(batch_size / 16).
 
     >>> default_lr(64), default_lr(4), default_lr(16, "text")
-    (0.01, 0.0025, 0.003)
+    (0.02, 0.005, 0.003)
     """
-    base = 0.003 * math.sqrt(batch_size / 16) if is_text(data) else 0.01 * math.sqrt(batch_size / 64)
+    base = 0.003 * math.sqrt(batch_size / 16) if is_text(data) else 0.02 * math.sqrt(batch_size / 64)
     return float(f"{base:.4g}")
 
 
