@@ -75,6 +75,7 @@ def render(comparison: Comparison, plan: Plan, runs: Sequence[dict[str, Any]]) -
         plan=plan,
         settings=plan.template,
         epochs=_epochs(plan),
+        steps=plan.template.max_steps,
         date=datetime.fromtimestamp(newest["started"]).strftime("%d %B %Y, %H:%M"),
         columns=[(m, *_TITLES[m]) for m in metrics],
         rows=[_row(arm, metrics, recipe(arm.norm).description) for arm in arms],
@@ -108,8 +109,6 @@ def render(comparison: Comparison, plan: Plan, runs: Sequence[dict[str, Any]]) -
 
 
 def _epochs(plan: Plan) -> str:
-    if plan.template.max_steps is not None:
-        return f"at most {plan.template.max_steps} steps"
     if len(set(plan.epochs.values())) == 1:
         return str(plan.epochs[plan.batch_sizes[0]])
     return ", ".join(f"{epochs} at batch {size}" for size, epochs in plan.epochs.items())

@@ -25,7 +25,7 @@ __all__ = ["GRID", "TEXT_GRID", "TUNE_SEED", "TUNE_STEPS", "choose", "default_lr
 GRID = (1 / 3, 1.0, 3.0)
 """What the default rate is multiplied by."""
 
-TEXT_GRID = (0.3, 1.0, 3.0, 10.0)
+TEXT_GRID = (1 / 3, 1.0, 10 / 3, 10.0)
 """The same for text."""
 
 TUNE_STEPS = 240
