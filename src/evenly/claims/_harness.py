@@ -222,7 +222,7 @@ def run_claim(
     folder = Path(out) if out is not None else None
     if folder is None and budget == "full":
         folder = results_dir()
-        if folder.name == "results":  # an installed package is not a place to write to
+        if folder.parent.name == "results":  # an installed package is not a place to write to
             folder = Path("claims")
     if workers is None:
         workers = 1 if budget == "small" else min(2, os.cpu_count() or 1)

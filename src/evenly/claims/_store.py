@@ -29,7 +29,7 @@ def results_dir() -> Path:
     root = package.parents[2]
     if (root / "pyproject.toml").is_file() and package == root / "src" / "evenly" / "claims":
         return root / "docs" / "claims"
-    return package / "results"
+    return package / "results" / "claims"
 
 
 def stored(id: str, directory: Path | None = None) -> dict[str, Any] | None:

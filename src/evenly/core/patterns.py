@@ -18,7 +18,7 @@ import functools
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from einops import EinopsError
@@ -75,6 +75,12 @@ class Plan:
     out_shape: tuple[int, ...]
     count: int
     split: bool = field(default=False)  # whether the elementary shape differs from the tensor's
+    given: tuple[str, ...] = ()  # the axes whose size was given by keyword
+    cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # what backends worked out
+
+    def named_sizes(self) -> tuple[list[str], list[int]]:
+        """The sizes that were given by keyword, as names and numbers."""
+        return list(self.given), [self.sizes[self.resolved.axes.index(name)] for name in self.given]
 
     def statistic_out(self, stat: torch.Tensor) -> torch.Tensor:
         """A statistic of shape ``stat_shape`` in the order and grouping of the right-hand side."""
@@ -311,7 +317,17 @@ def _build(resolved: Resolved, shape: tuple[int, ...], sizes: Mapping[str, int])
     count = product([lengths[axis] for axis in resolved.reduced])
     out_shape = [product([lengths[axis] for axis in group]) for group in resolved.outputs]
     stat_shape = [1 if axis in resolved.reduced else lengths[axis] for axis in range(len(lengths))]
-    return Plan(resolved, shape, tuple(lengths), resolved.reduced, tuple(stat_shape), tuple(out_shape), count, split)
+    return Plan(
+        resolved,
+        shape,
+        tuple(lengths),
+        resolved.reduced,
+        tuple(stat_shape),
+        tuple(out_shape),
+        count,
+        split,
+        tuple(sizes),
+    )
 
 
 def _sizes_text(sizes: Mapping[str, int]) -> str:

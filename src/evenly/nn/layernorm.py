@@ -75,6 +75,10 @@ class _TrailingNorm(Norm):
 
     def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Normalize the trailing axes of ``x``; see :meth:`Norm.forward`."""
+        if mask is None:
+            done = self._quick(x, residual)
+            if done is not None:
+                return done
         if tuple(x.shape[-len(self.normalized_shape) :]) != self.normalized_shape:
             raise PatternError(
                 f"{type(self).__name__} expects the trailing shape {self.normalized_shape}, got an input of shape "

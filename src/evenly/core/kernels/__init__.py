@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from evenly.core.kernels import reference
+from evenly.core.kernels.cpu import operator
 from evenly.core.patterns import Plan
 
 __all__ = ["Backend", "Call", "Result", "backends", "register", "run"]
@@ -59,7 +60,21 @@ def backends() -> tuple[Backend, ...]:
 
 def run(x: torch.Tensor, plan: Plan, call: Call) -> Result:
     """Compute a call with the first backend that supports it."""
+    if torch.compiler.is_compiling():
+        if operator.supports_compiled(x, plan, call):
+            return operator.run_compiled(x, plan, call)
+        return reference.normalize(x, plan, call)
     for backend in _backends:
         if backend.supports(x, plan, call):
             return backend.run(x, plan, call)
     return reference.normalize(x, plan, call)
+
+
+register(
+    Backend(
+        "cpu",
+        operator.supports,
+        operator.run,
+        "C++ kernels for contiguous and channels-last memory: std, rms and l2; first order",
+    )
+)

@@ -1,0 +1,494 @@
+// Statistics over short runs: rows are added up column by column, then columns that share a statistic are merged.
+// A row of K1*R1 values is widened to several rows in one where it is short; the last row may be partial.
+
+template <class T>
+class Cols {
+  using X = Tr<T>;
+  using A = typename X::A;
+  using V = typename X::V;
+  static constexpr int W = X::W;
+
+ public:
+  Cols(const Problem& problem, const Geometry& geometry) : p(problem), g(geometry) {
+    K = p.K0 * p.K1;
+    n = p.R0 * p.R1;
+    L = p.K1 * p.R1;
+    P = g.width;
+    size = p.R0 * L;
+    rows = size / P;
+    rest = size % P;
+    block = max_of(16, min_of(256, 32768 / (P * static_cast<int64_t>(sizeof(T)))));
+    blocks = ceil_div(rows, block);
+    parts = min_of(blocks, max_of(1, min_of(64, size / PARALLEL)));
+    total = p.K0 * size;
+  }
+
+  int forward() {
+    if (!parameters()) return NO_MEMORY;
+    raw = is_raw(p);
+    const bool measure = !p.given, affects = p.y != nullptr;
+    const int64_t threads = total < PARALLEL ? 1 : thread_count();
+    std::atomic<int> status{OK};
+    if (threads == 1 || p.K0 >= 4 * threads) {
+      const int64_t group = total < PARALLEL ? p.K0 : max_of(1, min_of(TASK / max_of(size, 1), p.K0 / (4 * threads)));
+      parallel(ceil_div(p.K0, group), [&](int64_t task) {
+        Buffer<double> column, part;
+        Buffer<A> work, c;
+        if (!column.allocate(2 * P) || !part.allocate(2 * P) || !work.allocate(3 * P) || !c.allocate(3 * P)) {
+          status.store(NO_MEMORY);
+          return;
+        }
+        for (int64_t k0 = task * group; k0 < min_of(p.K0, (task + 1) * group); ++k0) {
+          if (measure) {
+            double count = 0;
+            for (int64_t i = 0; i < parts; ++i)
+              merge_columns(column.data, count, part.data, measure_part(k0, i, part.data, work.data));
+            settle(k0, column.data, count);
+          }
+          if (!affects) continue;
+          expand(k0, c.data);
+          apply(k0, 0, rows + (rest ? 1 : 0), c.data);
+        }
+      });
+      return status.load();
+    }
+    if (measure) {
+      Buffer<double> all;
+      if (!all.allocate(2 * P * parts * p.K0)) return NO_MEMORY;
+      parallel(p.K0 * parts, [&](int64_t task) {
+        Buffer<A> work;
+        if (!work.allocate(3 * P)) {
+          status.store(NO_MEMORY);
+          return;
+        }
+        measure_part(task / parts, task % parts, all.data + 2 * P * task, work.data);
+      });
+      if (status.load() != OK) return status.load();
+      for (int64_t k0 = 0; k0 < p.K0; ++k0) {
+        double* first = all.data + 2 * P * k0 * parts;
+        double count = rows_of(0);
+        for (int64_t i = 1; i < parts; ++i) merge_columns(first, count, first + 2 * P * i, rows_of(i));
+        settle(k0, first, count);
+      }
+    }
+    if (affects) {
+      Buffer<A> c;
+      if (!c.allocate(3 * P * p.K0)) return NO_MEMORY;
+      for (int64_t k0 = 0; k0 < p.K0; ++k0) expand(k0, c.data + 3 * P * k0);
+      over_rows([&](int64_t k0, int64_t from, int64_t to) { apply(k0, from, to, c.data + 3 * P * k0); });
+    }
+    return OK;
+  }
+
+  int backward() {
+    if (!parameters()) return NO_MEMORY;
+    kind = kind_of(p);
+    const bool wants_parameters = p.wsize > 0 && (p.dweight || p.dbias);
+    const bool sums_needed = wants_parameters || !p.given;
+    const int64_t threads = total < PARALLEL ? 1 : thread_count();
+    std::atomic<int> status{OK};
+    Buffer<double> sums;  // [K0][2][P]
+    if (!sums.zeros(2 * P * p.K0)) return NO_MEMORY;
+    if (threads == 1 || p.K0 >= 4 * threads) {
+      const int64_t group = total < PARALLEL ? p.K0 : max_of(1, min_of(TASK / max_of(size, 1), p.K0 / (4 * threads)));
+      parallel(ceil_div(p.K0, group), [&](int64_t task) {
+        Buffer<double> part;
+        Buffer<A> work, c, e;
+        if (!part.allocate(2 * P) || !work.allocate(2 * P) || !c.allocate(3 * P) || !e.allocate(4 * P)) {
+          status.store(NO_MEMORY);
+          return;
+        }
+        for (int64_t k0 = task * group; k0 < min_of(p.K0, (task + 1) * group); ++k0) {
+          expand(k0, c.data);
+          double* s = sums.data + 2 * P * k0;
+          if (sums_needed)
+            for (int64_t i = 0; i < parts; ++i) {
+              reduce_part(k0, i, c.data, part.data, work.data);
+              for (int64_t j = 0; j < 2 * P; ++j) s[j] += part.data[j];
+            }
+          if (!p.dx && !p.dresidual) continue;
+          expand_back(k0, s, e.data);
+          unapply(k0, 0, rows + (rest ? 1 : 0), c.data, e.data);
+        }
+      });
+      if (status.load() != OK) return status.load();
+    } else {
+      Buffer<A> c;
+      if (!c.allocate(3 * P * p.K0)) return NO_MEMORY;
+      for (int64_t k0 = 0; k0 < p.K0; ++k0) expand(k0, c.data + 3 * P * k0);
+      if (sums_needed) {
+        Buffer<double> all;
+        if (!all.allocate(2 * P * parts * p.K0)) return NO_MEMORY;
+        parallel(p.K0 * parts, [&](int64_t task) {
+          Buffer<A> work;
+          if (!work.allocate(2 * P)) {
+            status.store(NO_MEMORY);
+            return;
+          }
+          const int64_t k0 = task / parts;
+          reduce_part(k0, task % parts, c.data + 3 * P * k0, all.data + 2 * P * task, work.data);
+        });
+        if (status.load() != OK) return status.load();
+        for (int64_t k0 = 0; k0 < p.K0; ++k0)
+          for (int64_t i = 0; i < parts; ++i)
+            for (int64_t j = 0; j < 2 * P; ++j) sums.data[2 * P * k0 + j] += all.data[2 * P * (k0 * parts + i) + j];
+      }
+      if (p.dx || p.dresidual) {
+        Buffer<A> e;
+        if (!e.allocate(4 * P * p.K0)) return NO_MEMORY;
+        for (int64_t k0 = 0; k0 < p.K0; ++k0) expand_back(k0, sums.data + 2 * P * k0, e.data + 4 * P * k0);
+        over_rows([&](int64_t k0, int64_t from, int64_t to) {
+          unapply(k0, from, to, c.data + 3 * P * k0, e.data + 4 * P * k0);
+        });
+      }
+    }
+    if (wants_parameters) {
+      Buffer<double> out;
+      if (!out.zeros(2 * p.wsize)) return NO_MEMORY;
+      for (int64_t k0 = 0; k0 < p.K0; ++k0) {
+        const double* s = sums.data + 2 * P * k0;
+        for (int64_t j = 0; j < P; ++j) {
+          const Stat st = stat_of<A>(p, k0 * p.K1 + (j % L) / p.R1);
+          const int64_t i = index_of(j);
+          out.data[i] += st.r * s[P + j] + (st.c + st.shift) * s[j];
+          out.data[p.wsize + i] += s[j];
+        }
+      }
+      store_parameters(p.dweight, p.wdtype, 0, p.wsize, out.data);
+      store_parameters(p.dbias, p.wdtype, 0, p.wsize, out.data + p.wsize);
+    }
+    return OK;
+  }
+
+ private:
+  const Problem& p;
+  const Geometry& g;
+  int64_t K, n, L, P, size, rows, rest, block, blocks, parts, total;
+  int kind = PLAIN;
+  bool raw = false;
+  Parameters<A> weight, bias;
+
+  bool parameters() {
+    return weight.set(p.weight, p.wdtype, p.wsize, 1) && bias.set(p.bias, p.wdtype, p.wsize, 1);
+  }
+  int64_t index_of(int64_t j) const { return p.wsize <= 1 ? 0 : (j / p.wdiv) % p.wsize; }
+
+  int64_t first_block(int64_t part) const { return part * blocks / parts; }
+  double rows_of(int64_t part) const {
+    return static_cast<double>(min_of(rows, first_block(part + 1) * block) - first_block(part) * block);
+  }
+
+  template <class F>
+  void over_rows(const F& f) const {
+    const int64_t all = rows + (rest ? 1 : 0);
+    const int64_t group = max_of(1, TASK / P), tasks = ceil_div(all, group);
+    // From the end: what the statistics read last is still in cache.
+    parallel(p.K0 * tasks, [&](int64_t i) {
+      const int64_t task = p.K0 * tasks - 1 - i, from = (task % tasks) * group;
+      f(task / tasks, from, min_of(all, from + group));
+    });
+  }
+
+  // ---- statistics
+
+  static void merge_columns(double* into, double& count, const double* from, double more, int64_t P) {
+    if (count == 0) {
+      std::memcpy(into, from, sizeof(double) * static_cast<size_t>(2 * P));
+      count = more;
+      return;
+    }
+    const double all = count + more, f = more / all, h = count * more / all;
+    for (int64_t j = 0; j < P; ++j) {
+      const double delta = from[j] - into[j];
+      into[j] = std::isfinite(delta) ? into[j] + delta * f : into[j] + from[j];
+      into[P + j] += from[P + j] + delta * delta * h;
+    }
+    count = all;
+  }
+  void merge_columns(double* into, double& count, const double* from, double more) const {
+    merge_columns(into, count, from, more, P);
+  }
+
+  // Mean and sum of squared deviations of each column over the rows of a part: out[0..P), out[P..2P). The pivot is the
+  // mean of the first block; where that was far from the mean of the part, all is taken again about the latter.
+  double measure_part(int64_t k0, int64_t part, double* out, A* work) const {
+    A* pivot = work;
+    const T* base = static_cast<const T*>(p.x) + k0 * size;
+    const int64_t first = first_block(part) * block, end = min_of(rows, first_block(part + 1) * block);
+    const double count = static_cast<double>(end - first);
+    for (int64_t j = 0; j < P; ++j) pivot[j] = 0;
+    if (!raw) {
+      const int64_t many = min_of(block, end - first);
+      sum_rows(base + first * P, many, pivot);
+      const A inverse = static_cast<A>(1.0 / static_cast<double>(many));
+      for (int64_t j = 0; j < P; ++j) pivot[j] *= inverse;
+    }
+    double* s1 = out;
+    double* s2 = out + P;
+    square_part(base, first, end, pivot, s1, work);
+    if (!raw) {
+      bool far = false;
+      for (int64_t j = 0; j < P; ++j) far |= s1[j] * s1[j] > 0.75 * count * s2[j];
+      if (far) {
+        for (int64_t j = 0; j < P; ++j) {
+          const A moved = static_cast<A>(static_cast<double>(pivot[j]) + s1[j] / count);
+          if (std::isfinite(moved)) pivot[j] = moved;
+        }
+        square_part(base, first, end, pivot, s1, work);
+      }
+    }
+    // where float could not hold the sums: column by column in double, after the rest is settled
+    bool bad = false;
+    for (int64_t j = 0; j < P; ++j) bad |= sizeof(A) == 4 ? out_of_range(s2[j]) : !(s2[j] < 1e300);
+    const double inverse = 1 / count;
+    if (!bad) {
+      for (int64_t j = 0; j < P; ++j) {
+        const double moved = raw ? 0 : s1[j] * inverse, m2 = s2[j] - s1[j] * moved;
+        s1[j] = static_cast<double>(pivot[j]) + moved;
+        s2[j] = m2 > 0 ? m2 : 0;
+      }
+    } else {
+      for (int64_t j = 0; j < P; ++j) {
+        const T* x = base + first * P + j;
+        const double m = pivot[j];
+        const bool constant = s2[j] == 0 && s1[j] == 0 && to_double(x[0]) == m && to_double(x[(end - first - 1) * P]) == m;
+        if (constant || (sizeof(A) == 4 ? !out_of_range(s2[j]) : s2[j] < 1e300)) {
+          const double moved = raw ? 0 : s1[j] * inverse, m2 = s2[j] - s1[j] * moved;
+          s1[j] = m + moved;
+          s2[j] = m2 > 0 ? m2 : 0;
+          continue;
+        }
+        Moments mo;
+        moments_slow(x, end - first, P, 1, raw, nullptr, mo);
+        s1[j] = mo.mean;
+        s2[j] = mo.m2;
+      }
+    }
+    return count;
+  }
+
+  void square_part(const T* base, int64_t first, int64_t end, const A* pivot, double* s1, A* work) const {
+    A* f1 = work + P;
+    A* f2 = work + 2 * P;
+    for (int64_t j = 0; j < 2 * P; ++j) s1[j] = 0;
+    for (int64_t from = first; from < end; from += block) {
+      for (int64_t j = 0; j < 2 * P; ++j) f1[j] = 0;
+      square_rows(base + from * P, min_of(block, end - from), pivot, f1, f2);
+      for (int64_t j = 0; j < 2 * P; ++j) s1[j] += static_cast<double>(f1[j]);
+    }
+  }
+
+  template <class F>
+  EVENLY_INLINE void over_columns(const F& f) const {
+    int64_t j = 0;
+    for (; j + W <= P; j += W) f(j, W);
+    if (j < P) f(j, static_cast<int>(P - j));
+  }
+
+  void sum_rows(const T* x, int64_t many, A* sum) const {
+    int64_t r = 0;
+    for (; r + 4 <= many; r += 4) {
+      const T* q = x + r * P;
+      over_columns([&](int64_t j, int left) __attribute__((always_inline)) {
+        const V v = (take(q + j, left) + take(q + P + j, left)) + (take(q + 2 * P + j, left) + take(q + 3 * P + j, left));
+        put(sum + j, take(sum + j, left) + v, left);
+      });
+    }
+    for (; r < many; ++r)
+      over_columns([&](int64_t j, int left) __attribute__((always_inline)) {
+        put(sum + j, take(sum + j, left) + take(x + r * P + j, left), left);
+      });
+  }
+
+  void square_rows(const T* x, int64_t many, const A* pivot, A* s1, A* s2) const {
+    int64_t r = 0;
+    for (; r + 4 <= many; r += 4) {
+      const T* q = x + r * P;
+      over_columns([&](int64_t j, int left) __attribute__((always_inline)) {
+        const V m = take(pivot + j, left);
+        const V d0 = take(q + j, left) - m, d1 = take(q + P + j, left) - m;
+        const V d2 = take(q + 2 * P + j, left) - m, d3 = take(q + 3 * P + j, left) - m;
+        put(s1 + j, take(s1 + j, left) + ((d0 + d1) + (d2 + d3)), left);
+        put(s2 + j, take(s2 + j, left) + ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)), left);
+      });
+    }
+    for (; r < many; ++r)
+      over_columns([&](int64_t j, int left) __attribute__((always_inline)) {
+        const V d = take(x + r * P + j, left) - take(pivot + j, left);
+        put(s1 + j, take(s1 + j, left) + d, left);
+        put(s2 + j, take(s2 + j, left) + d * d, left);
+      });
+  }
+
+  // Merge columns that share a statistic, and the partial row.
+  void settle(int64_t k0, const double* column, double count) const {
+    const T* last = static_cast<const T*>(p.x) + k0 * size + rows * P;
+    for (int64_t k1 = 0; k1 < p.K1; ++k1) {
+      Moments mo;
+      for (int64_t q = 0; q < P / L; ++q)
+        for (int64_t r = 0; r < p.R1; ++r) {
+          const int64_t j = q * L + k1 * p.R1 + r;
+          if (count > 0) mo.merge(count, column[j], column[P + j]);
+          if (j < rest) {
+            const double v = to_double(last[j]);
+            if (raw)
+              mo.merge(1, 0, v * v);
+            else
+              mo.merge(1, v, std::isfinite(v) ? 0.0 : NAN);
+          }
+        }
+      finish<A>(p, k0 * p.K1 + k1, mo, raw);
+    }
+  }
+
+  // ---- y = (x - m)*w + b by column: c = m, w, b
+
+  void expand(int64_t k0, A* c) const {
+    for (int64_t j = 0; j < P; ++j) {
+      const Stat s = stat_of<A>(p, k0 * p.K1 + (j % L) / p.R1);
+      const int64_t i = index_of(j);
+      const double w = weight.at ? static_cast<double>(weight.at[i]) : 1.0;
+      c[j] = static_cast<A>(s.m);
+      c[P + j] = static_cast<A>(s.r * w);
+      c[2 * P + j] = static_cast<A>((s.c + s.shift) * w + (bias.at ? static_cast<double>(bias.at[i]) : 0.0));
+    }
+  }
+
+  Coefficients<T> coefficients(const A* c) const {
+    Coefficients<T> k{};
+    k.mv = c;
+    k.wv = c + P;
+    k.bv = c + 2 * P;
+    return k;
+  }
+
+  Run<T> row_at(int64_t k0, int64_t r) const {
+    const int64_t at = k0 * size + r * P;
+    Run<T> out{};
+    out.x = static_cast<const T*>(p.x) + at;
+    if (p.residual) out.residual = static_cast<const T*>(p.residual) + at;
+    if (p.y) out.y = static_cast<T*>(p.y) + at;
+    if (p.bits) out.bits = p.bits + (k0 * (rows + (rest ? 1 : 0)) + r) * g.bits_row;
+    if (p.dy) out.dy = static_cast<const T*>(p.dy) + at;
+    if (p.dx) out.dx = static_cast<T*>(p.dx) + at;
+    if (p.dresidual) out.dresidual = static_cast<T*>(p.dresidual) + at;
+    return out;
+  }
+  int64_t width_of(int64_t r) const { return r < rows ? P : rest; }
+
+  void apply(int64_t k0, int64_t from, int64_t to, const A* c) const {
+    const ApplyFn<T> f = pick_apply<T, COLUMN>(p.act, p.residual, p.relu_bits);
+    const Coefficients<T> k = coefficients(c);
+    for (int64_t r = from; r < to; ++r) f(row_at(k0, r), width_of(r), k);
+  }
+
+  // ---- backward
+
+  template <int KIND>
+  void reduce_rows(int64_t k0, int64_t from, int64_t many, const A* c, A* s, A* q, int64_t width) const {
+    const Coefficients<T> k = coefficients(c);
+    int64_t r = from;
+    auto column = [&](const Run<T>& run, int64_t j, int left, V& s1, V& s2) __attribute__((always_inline)) {
+      const V x = take(run.x + j, left);
+      const V v = gradient<T, KIND, COLUMN>(run, nullptr, x, k, j, left);
+      s1 += v;
+      s2 += v * (x - take(c + j, left));
+    };
+    auto over = [&](auto&& f) __attribute__((always_inline)) {
+      int64_t j = 0;
+      for (; j + W <= width; j += W) f(j, W);
+      if (j < width) f(j, static_cast<int>(width - j));
+    };
+    for (; r + 4 <= from + many; r += 4) {
+      const Run<T> a = row_at(k0, r), b = row_at(k0, r + 1), d = row_at(k0, r + 2), e = row_at(k0, r + 3);
+      over([&](int64_t j, int left) __attribute__((always_inline)) {
+        V s1{}, s2{};
+        column(a, j, left, s1, s2);
+        column(b, j, left, s1, s2);
+        column(d, j, left, s1, s2);
+        column(e, j, left, s1, s2);
+        put(s + j, take(s + j, left) + s1, left);
+        put(q + j, take(q + j, left) + s2, left);
+      });
+    }
+    for (; r < from + many; ++r) {
+      const Run<T> a = row_at(k0, r);
+      over([&](int64_t j, int left) __attribute__((always_inline)) {
+        V s1{}, s2{};
+        column(a, j, left, s1, s2);
+        put(s + j, take(s + j, left) + s1, left);
+        put(q + j, take(q + j, left) + s2, left);
+      });
+    }
+  }
+
+  void reduce_any(int64_t k0, int64_t from, int64_t many, const A* c, A* s, A* q, int64_t width) const {
+    switch (kind) {
+      case PLAIN:
+        return reduce_rows<PLAIN>(k0, from, many, c, s, q, width);
+      case SIGN_BITS:
+        return reduce_rows<SIGN_BITS>(k0, from, many, c, s, q, width);
+      case RELU:
+        return reduce_rows<RELU>(k0, from, many, c, s, q, width);
+      case RELU_RES:
+        return reduce_rows<RELU_RES>(k0, from, many, c, s, q, width);
+      case SILU:
+        return reduce_rows<SILU>(k0, from, many, c, s, q, width);
+      case GELU:
+        return reduce_rows<GELU>(k0, from, many, c, s, q, width);
+      case SILU_RES:
+        return reduce_rows<SILU_RES>(k0, from, many, c, s, q, width);
+      default:
+        return reduce_rows<GELU_RES>(k0, from, many, c, s, q, width);
+    }
+  }
+
+  void reduce_part(int64_t k0, int64_t part, const A* c, double* out, A* work) const {
+    for (int64_t j = 0; j < 2 * P; ++j) out[j] = 0;
+    auto flush = [&](int64_t from, int64_t many, int64_t width) {
+      for (int64_t j = 0; j < 2 * P; ++j) work[j] = 0;
+      reduce_any(k0, from, many, c, work, work + P, width);
+      for (int64_t j = 0; j < 2 * P; ++j) out[j] += static_cast<double>(work[j]);
+    };
+    for (int64_t b = first_block(part); b < first_block(part + 1); ++b)
+      flush(b * block, min_of(block, rows - b * block), P);
+    if (part == parts - 1 && rest) flush(rows, 1, rest);
+  }
+
+  // e = r, r*w, b, c by column
+  void expand_back(int64_t k0, const double* sums, A* e) const {
+    for (int64_t k1 = 0; k1 < p.K1; ++k1) {
+      double sum = 0, sum_d = 0;
+      for (int64_t q = 0; q < P / L; ++q)
+        for (int64_t r = 0; r < p.R1; ++r) {
+          const int64_t j = q * L + k1 * p.R1 + r;
+          const double w = weight.at ? static_cast<double>(weight.at[index_of(j)]) : 1.0;
+          sum += w * sums[j];
+          sum_d += w * sums[P + j];
+        }
+      const int64_t k = k0 * p.K1 + k1;
+      const Back back = back_of<A>(p, k, static_cast<double>(n), sum, sum_d);
+      const Stat s = stat_of<A>(p, k);
+      for (int64_t q = 0; q < P / L; ++q)
+        for (int64_t r = 0; r < p.R1; ++r) {
+          const int64_t j = q * L + k1 * p.R1 + r;
+          const double w = weight.at ? static_cast<double>(weight.at[index_of(j)]) : 1.0;
+          e[j] = static_cast<A>(s.r);
+          e[P + j] = static_cast<A>(s.r * w);
+          e[2 * P + j] = static_cast<A>(back.b);
+          e[3 * P + j] = static_cast<A>(back.c);
+        }
+    }
+  }
+
+  void unapply(int64_t k0, int64_t from, int64_t to, const A* c, const A* e) const {
+    const BackFn<T> f = pick_back<T, COLUMN>(kind);
+    BackCoefficients<T> b{};
+    b.rv = e;
+    b.rwv = e + P;
+    b.bv = e + 2 * P;
+    b.cv = e + 3 * P;
+    const Coefficients<T> k = coefficients(c);
+    for (int64_t r = from; r < to; ++r) f(row_at(k0, r), width_of(r), k, b, nullptr);
+  }
+};

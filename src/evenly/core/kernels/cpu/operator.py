@@ -1,0 +1,870 @@
+"""The CPU kernels as a backend of ``normalize`` and ``moments``.
+
+A call is looked up by pattern, shape, dtype and options; what was worked out for it (the canonical block, where
+weights lie) is kept in an :class:`Entry`, so that a repeated call costs a lookup, an allocation and one call into
+the extension. There are three ways in:
+
+- without gradient: directly;
+- with gradient: an autograd function whose backward is a kernel too, and whose second derivative is PyTorch's;
+- while compiling or exporting: the operators ``evenly::cpu_normalize`` and ``evenly::cpu_normalize_backward``.
+
+Under ``torch.func`` transforms, forward-mode derivatives, tracing and dispatch modes the PyTorch reference is used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from evenly.core.kernels import cpu, reference
+from evenly.core.kernels.lowering import Block, block, dense_order, weight_index
+from evenly.core.kernels.reference import Call, Result
+from evenly.core.patterns import Plan, bind
+
+__all__ = ["MEASURED", "Entry", "measure", "quick", "remember", "run", "run_compiled", "supports", "supports_compiled"]
+
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3}
+_SCALES = {None: 0, "std": 1, "rms": 2, "l2": 3}
+_PLAIN = (Tensor, torch.nn.Parameter)
+MEASURED: tuple[Tensor | None, Tensor | None] = (None, None)
+
+_NO_MEMORY = "The CPU kernels could not allocate their working memory."
+
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_transforms = torch._C._are_functorch_transforms_active
+_tracing = torch._C._get_tracing_state
+_grad_enabled = torch.is_grad_enabled
+
+
+def _ordinary() -> bool:
+    """Nothing is watching: no transform, no tracing, no dispatch mode, no forward-mode derivative."""
+    return not (_dispatch_modes() or _transforms() or forward_ad._current_level >= 0 or _tracing() is not None)
+
+
+class Entry:
+    """A call on an input of one shape, dtype and memory layout, ready to run."""
+
+    __slots__ = (
+        "activation",
+        "block",
+        "contiguous",
+        "layout",
+        "natural",
+        "options",
+        "order",
+        "plan",
+        "shape",
+        "signs",
+        "spec",
+        "stats_dtype",
+        "stats_shape",
+        "weight_dtype",
+        "weight_shape",
+    )
+
+    def __init__(
+        self,
+        plan: Plan,
+        order: tuple[int, ...],
+        lowered: Block,
+        index: tuple[int, int],
+        dtype: torch.dtype,
+        weight: Tensor | None,
+        options: dict[str, Any],
+        *,
+        signs: bool,
+        given: bool,
+    ) -> None:
+        module = cpu.extension()
+        assert module is not None
+        self.plan = plan
+        self.order = order
+        self.contiguous = order == tuple(range(len(order)))
+        self.block = lowered
+        self.options = options
+        self.activation = options["activation"]
+        self.weight_dtype = None if weight is None else weight.dtype
+        self.weight_shape = None if weight is None else weight.shape
+        self.stats_dtype = reference.accumulate_dtype(dtype)
+        self.stats_shape = (3, lowered.sizes[0] * lowered.sizes[2])
+        self.layout = module.Layout(
+            *lowered.sizes,
+            *index,
+            _DTYPES[dtype],
+            _DTYPES[self.weight_dtype or dtype],
+            _ACTIVATIONS[self.activation],
+            _SCALES[options["scale"]],
+            bool(options["center"]),
+            given,
+            signs,
+            float(options["eps"]),
+            float(options["correction"]),
+        )
+        bits = self.layout.bits_bytes
+        self.signs = bits if signs else 0
+        self.shape = plan.shape
+        # whether a statistic has the order of the right-hand side
+        outputs = [axis for group in plan.resolved.outputs for axis in group]
+        self.natural = outputs == sorted(outputs)
+        self.spec = (self, MEASURED, False, None)
+
+    def like(self, t: Tensor, x: Tensor) -> Tensor:
+        """A tensor in the memory layout of ``x``."""
+        if (self.contiguous and t.is_contiguous()) or t.stride() == x.stride():
+            return t
+        return torch.empty_like(x, dtype=t.dtype).copy_(t)
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        stats: Tensor | None = None,
+        bits: Tensor | None = None,
+        given: tuple[Tensor | None, Tensor | None] = MEASURED,
+        moments: tuple[Tensor, Tensor] | None = None,
+        running: tuple[Tensor, Tensor, float] | None = None,
+    ) -> Tensor:
+        """The output; ``stats``, ``bits`` and ``moments`` are filled, ``running`` moves towards what was measured."""
+        y = torch.empty_like(x)
+        mean, var = given
+        status = self.layout.forward(
+            x.data_ptr(),
+            y.data_ptr(),
+            0 if stats is None else stats.data_ptr(),
+            0 if weight is None else weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
+            0 if bits is None else bits.data_ptr(),
+            0 if mean is None else mean.data_ptr(),
+            0 if var is None else var.data_ptr(),
+            0 if moments is None else moments[0].data_ptr(),
+            0 if moments is None else moments[1].data_ptr(),
+            0 if running is None else running[0].data_ptr(),
+            0 if running is None else running[1].data_ptr(),
+            0.0 if running is None else running[2],
+        )
+        if status:
+            raise MemoryError(_NO_MEMORY)
+        return y
+
+    def empty_moments(self) -> tuple[Tensor, Tensor]:
+        """Room for a mean and a variance, flat."""
+        many = self.stats_shape[1]
+        return torch.empty(many, dtype=self.stats_dtype), torch.empty(many, dtype=self.stats_dtype)
+
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance, flat."""
+        mean, var = self.empty_moments()
+        if self.layout.forward(x.data_ptr(), 0, 0, 0, 0, 0, 0, 0, 0, mean.data_ptr(), var.data_ptr(), 0, 0, 0.0):
+            raise MemoryError(_NO_MEMORY)
+        return mean, var
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        stats: Tensor,
+        bits: Tensor | None,
+        needs: tuple[bool, ...],
+        dmean: Tensor | None = None,
+        dvar: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of x, weight, bias and residual, those that are needed."""
+        dx = torch.empty_like(x) if needs[0] else None
+        dweight = torch.empty_like(weight) if weight is not None and needs[1] else None
+        dbias = torch.empty_like(bias) if bias is not None and needs[2] else None
+        dresidual = None
+        if needs[3]:
+            # without an activation the gradient passes unchanged
+            dresidual = dy if self.activation is None else torch.empty_like(x)
+        status = self.layout.backward(
+            dy.data_ptr(),
+            x.data_ptr(),
+            stats.data_ptr(),
+            0 if weight is None else weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
+            0 if bits is None else bits.data_ptr(),
+            0 if dx is None else dx.data_ptr(),
+            0 if dweight is None else dweight.data_ptr(),
+            0 if dbias is None else dbias.data_ptr(),
+            0 if dresidual is None or dresidual is dy else dresidual.data_ptr(),
+            0 if dmean is None else dmean.data_ptr(),
+            0 if dvar is None else dvar.data_ptr(),
+        )
+        if status:
+            raise MemoryError(_NO_MEMORY)
+        return dx, dweight, dbias, dresidual
+
+    def positive(self, bits: Tensor, x: Tensor) -> Tensor:
+        """The sign bits as a boolean tensor of the shape of ``x``."""
+        row = self.layout.bits_row
+        rows = bits.view(-1, (row + 7) // 8)
+        each = (rows.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1
+        k0, r0, k1, r1 = self.block.sizes
+        flat = each.flatten(1)[:, :row].reshape(k0, -1)[:, : r0 * k1 * r1].bool()
+        laid = flat.reshape([x.shape[axis] for axis in self.order])
+        return laid.permute([self.order.index(axis) for axis in range(x.ndim)])
+
+    def shaped(self, stat: Tensor) -> Tensor:
+        """A flat statistic in the order of the right-hand side."""
+        return self.plan.statistic_out(stat.reshape(self.plan.stat_shape))
+
+    def flat(self, stat: Tensor, name: str) -> Tensor:
+        """The inverse of :meth:`shaped`, in the dtype of statistics."""
+        return self.plan.statistic_in(stat.to(self.stats_dtype), name).contiguous()
+
+
+# ---- looking entries up ---------------------------------------------------------------------------------------------
+
+
+def _static(x: Tensor, call: Call) -> bool:
+    """What can be said without looking at memory; also asked while compiling."""
+    if x.device.type != "cpu" or x.dtype not in _DTYPES:
+        return False
+    if call.scale not in _SCALES or call.mask is not None or call.groups is not None:
+        return False
+    if call.scale == "l2" and x.dtype == torch.float64:
+        return False  # squares of float64 can overflow, and there is nothing wider
+    given = call.mean is not None or call.var is not None
+    if given and call.want_stats:
+        return False
+    for stat in (call.mean, call.var):
+        if stat is not None and (stat.requires_grad or stat.device.type != "cpu"):
+            return False
+    if call.residual is not None and (call.residual.dtype != x.dtype or call.residual.device.type != "cpu"):
+        return False
+    first = call.weight if call.weight is not None else call.bias
+    for parameter in (call.weight, call.bias):
+        if parameter is None:
+            continue
+        assert first is not None
+        if parameter.dtype not in _DTYPES or parameter.dtype != first.dtype or parameter.device.type != "cpu":
+            return False
+        if parameter.shape != first.shape or (parameter.dtype == torch.float64) > (x.dtype == torch.float64):
+            return False
+    return True
+
+
+def _entry(x: Tensor, plan: Plan, call: Call) -> Entry | None:
+    """The entry for a call; None if no kernel takes it."""
+    order = dense_order(x)
+    if order is None:
+        return None
+    first = call.weight if call.weight is not None else call.bias
+    given = call.mean is not None or call.var is not None
+    signs = call.activation == "relu" and call.residual is not None
+    key = (
+        order,
+        x.dtype,
+        call.center,
+        call.scale,
+        call.eps,
+        call.correction,
+        call.affine if first is not None else None,
+        None if first is None else (first.dtype, first.shape),
+        call.activation,
+        signs,
+        given,
+    )
+    found = plan.cache.get(key, False)
+    if found is not False:
+        return found
+    entry = _build(x, plan, call, order, first, given=given, signs=signs)
+    plan.cache[key] = entry
+    return entry
+
+
+def _build(
+    x: Tensor, plan: Plan, call: Call, order: tuple[int, ...], first: Tensor | None, *, given: bool, signs: bool
+) -> Entry | None:
+    lowered = block(plan, order)
+    if lowered is None or lowered.kept != tuple(sorted(lowered.kept)):
+        return None
+    index: tuple[int, int] | None = (1, 0)
+    if first is not None:
+        if first.ndim == 0:
+            index = (1, 1)
+        else:
+            plan.affine_in(first, call.affine, "weight" if call.weight is not None else "bias")
+            assert call.affine is not None
+            index = weight_index(plan, order, call.affine)
+    if index is None:
+        return None
+    options = {
+        "center": call.center,
+        "scale": call.scale,
+        "eps": call.eps,
+        "correction": call.correction,
+        "affine": call.affine,
+        "activation": call.activation,
+    }
+    entry = Entry(plan, order, lowered, index, x.dtype, first, options, signs=signs, given=given)
+    return entry if entry.layout.bits_bytes >= 0 else None
+
+
+def _dense(x: Tensor) -> Tensor:
+    """``x``, copied once if its memory has gaps."""
+    return x if dense_order(x) is not None else x.contiguous()
+
+
+def supports(x: Tensor, plan: Plan, call: Call) -> bool:
+    """Whether the kernels compute this call."""
+    if not _static(x, call) or cpu.extension() is None:
+        return False
+    if x.numel() == 0 or not _ordinary() or type(x) not in _PLAIN:
+        return False
+    return _entry(_dense(x), plan, call) is not None
+
+
+def run(x: Tensor, plan: Plan, call: Call) -> Result:
+    """Compute a call that is supported."""
+    x = _dense(x)
+    entry = _entry(x, plan, call)
+    assert entry is not None
+    given = MEASURED
+    if call.mean is not None or call.var is not None:
+        given = (
+            None if call.mean is None or not call.center else entry.flat(call.mean, "mean"),
+            None if call.var is None or call.scale is None else entry.flat(call.var, "var"),
+        )
+    y, mean, var = _apply(entry, x, call.weight, call.bias, call.residual, given, call.want_stats)
+    if not call.want_stats:
+        return Result(y, None, None, None)
+    mean, var = entry.shaped(mean), entry.shaped(var)
+    return Result(y, mean, var, torch.full_like(var, plan.count, requires_grad=False))
+
+
+def _apply(
+    entry: Entry,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    given: tuple[Tensor | None, Tensor | None] = MEASURED,
+    want_stats: bool = False,
+    running: tuple[Tensor, Tensor, float] | None = None,
+) -> Any:
+    if weight is not None and not weight.is_contiguous():
+        weight = weight.contiguous()
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
+    if _grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    ):
+        spec = (
+            entry.spec
+            if given is MEASURED and running is None and not want_stats
+            else (entry, given, want_stats, running)
+        )
+        out = _function(x, weight, bias, residual, spec)
+        return out if want_stats else (out, None, None)
+    if residual is not None:
+        residual = entry.like(residual, x)
+    if not want_stats:
+        return entry.forward(x, weight, bias, residual, None, None, given, None, running), None, None
+    moments = entry.empty_moments()
+    return (entry.forward(x, weight, bias, residual, None, None, given, moments, running), *moments)
+
+
+def measure(x: Tensor, plan: Plan, correction: float) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Mean, variance and count without gradient; None if no kernel takes the call."""
+    call = Call(scale=None, correction=correction, want_stats=True)
+    if (_grad_enabled() and x.requires_grad) or not supports(x, plan, call):
+        return None
+    x = _dense(x)
+    entry = _entry(x, plan, call)
+    assert entry is not None
+    mean, var = (entry.shaped(stat) for stat in entry.moments(x))
+    return mean, var, torch.full_like(var, plan.count)
+
+
+# ---- the shortest way -----------------------------------------------------------------------------------------------
+
+_quick: dict[tuple[Any, ...], Entry] = {}
+
+
+def remember(key: tuple[Any, ...], x: Tensor, plan: Plan, call: Call) -> None:
+    """Let the next call with this key, in this memory layout, take the short way."""
+    first = call.weight if call.weight is not None else call.bias
+    if dense_order(x) is not None and supports(x, plan, call) and (first is None or call.affine is not None):
+        entry = _entry(x, plan, call)
+        assert entry is not None
+        if len(_quick) >= 8192:
+            _quick.clear()
+        _quick[key if x.is_contiguous() else (key, x.stride())] = entry
+
+
+def quick(
+    key: tuple[Any, ...],
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    given: tuple[Tensor | None, Tensor | None] = MEASURED,
+    running: tuple[Tensor, Tensor, float] | None = None,
+) -> Tensor | None:
+    """The output of a call like one that was remembered; None if it must take the long way.
+
+    Args:
+        given: mean and variance to use, if the key says so.
+        running: running mean, running variance and momentum; moved towards what is measured.
+    """
+    try:
+        entry = _quick.get(key if x.is_contiguous() else (key, x.stride()))
+    except TypeError:  # symbolic sizes, or arguments that are about to be refused
+        return None
+    if entry is None or type(x) not in _PLAIN or not _ordinary():
+        return None
+    if (weight is not None and not _is_parameter(weight, entry)) or (
+        bias is not None and not _is_parameter(bias, entry)
+    ):
+        return None
+    if residual is not None and (
+        residual.shape != entry.shape
+        or residual.dtype != x.dtype
+        or not residual.is_cpu
+        or type(residual) not in _PLAIN
+    ):
+        return None
+    if given is not MEASURED:
+        if not (_is_statistic(given[0], entry) and _is_statistic(given[1], entry)):
+            return None
+        given = (given[0].to(entry.stats_dtype), given[1].to(entry.stats_dtype))  # type: ignore[union-attr]
+    if running is None:
+        return _apply(entry, x, weight, bias, residual, given, False, None)[0]
+    mean, var, momentum = running
+    if entry.plan.count < 2 or not (_is_statistic(mean, entry) and _is_statistic(var, entry)):
+        return None
+    if mean.dtype == entry.stats_dtype and var.dtype == entry.stats_dtype:
+        y = _apply(entry, x, weight, bias, residual, given, False, running)[0]
+        torch.autograd.graph.increment_version(mean)
+        torch.autograd.graph.increment_version(var)
+        return y
+    wide = (mean.to(entry.stats_dtype), var.to(entry.stats_dtype), momentum)
+    y = _apply(entry, x, weight, bias, residual, given, False, wide)[0]
+    mean.copy_(wide[0])
+    var.copy_(wide[1])
+    return y
+
+
+def _is_parameter(parameter: Tensor, entry: Entry) -> bool:
+    return (
+        parameter.shape == entry.weight_shape
+        and parameter.dtype == entry.weight_dtype
+        and parameter.is_contiguous()
+        and parameter.is_cpu
+        and type(parameter) in _PLAIN
+    )
+
+
+def _is_statistic(stat: Tensor | None, entry: Entry) -> bool:
+    return (
+        stat is not None
+        and stat.shape == entry.plan.out_shape
+        and stat.is_contiguous()
+        and stat.is_cpu
+        and not stat.requires_grad
+        and type(stat) in _PLAIN
+        and entry.natural
+    )
+
+
+# ---- derivatives ----------------------------------------------------------------------------------------------------
+
+
+class _Normalize(torch.autograd.Function):
+    """Kernels forward and backward; the derivative of the backward is PyTorch's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, spec: Any
+    ) -> Any:
+        entry, given, want_stats, running = ctx.spec = spec
+        stats = torch.empty(entry.stats_shape, dtype=entry.stats_dtype)
+        bits = torch.empty(entry.signs, dtype=torch.uint8) if entry.signs else None
+        moments = entry.empty_moments() if want_stats else None
+        laid = None if residual is None else entry.like(residual, x)
+        y = entry.forward(x, weight, bias, laid, stats, bits, given, moments, running)
+        if entry.activation is None:
+            ctx.has_residual = residual is not None
+            ctx.save_for_backward(x, weight, bias, stats)
+        else:
+            # Recomputing what the activation saw takes the residual; its sign alone is kept as bits.
+            ctx.has_residual = residual is not None
+            ctx.save_for_backward(x, weight, bias, stats, residual if bits is None else None, bits)
+        if moments is None:
+            return y
+        ctx.set_materialize_grads(False)
+        return (y, *moments)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dmean: Tensor | None = None, dvar: Tensor | None = None) -> Any:
+        saved = ctx.saved_tensors
+        x, weight, bias, stats = saved[:4]
+        residual, bits = saved[4:] if len(saved) > 4 else (None, None)
+        needs = ctx.needs_input_grad
+        entry: Entry = ctx.spec[0]
+        if _grad_enabled() or not _ordinary():
+            return (*_differentiable(ctx, (x, weight, bias, residual), bits, needs, dy, dmean, dvar), None)
+        if dy is None:
+            dy = torch.zeros_like(x)
+        dy = entry.like(dy, x)
+        if residual is not None:
+            residual = entry.like(residual, x)
+        if dmean is not None:
+            dmean = dmean.contiguous()
+        if dvar is not None:
+            dvar = dvar.contiguous()
+        return (*entry.backward(dy, x, weight, bias, residual, stats, bits, needs, dmean, dvar), None)
+
+
+def _apply_function() -> Any:
+    # The public apply first asks whether a transform of torch.func is active, and binds arguments to defaults. The
+    # callers here have asked; without it a call is a quarter cheaper.
+    return super(torch.autograd.Function, _Normalize).apply
+
+
+_function = _apply_function()
+
+
+def _differentiable(
+    ctx: Any,
+    saved: tuple[Tensor | None, ...],
+    bits: Tensor | None,
+    needs: tuple[bool, ...],
+    dy: Tensor | None,
+    dmean: Tensor | None,
+    dvar: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """The gradients by PyTorch operators, so that they have derivatives themselves."""
+    entry, given, _, _ = ctx.spec
+    x, _, _, residual = saved
+    assert x is not None
+    options = dict(entry.options)
+    through: Tensor | None = None
+    if bits is not None:
+        # y = relu(v + residual): its derivative is the sign, which is constant
+        dy = None if dy is None else torch.where(entry.positive(bits, x), dy, dy.new_zeros(()))
+        options["activation"] = None
+    if ctx.has_residual and residual is None:
+        through = dy
+    mean, var = given
+    plan = entry.plan
+    with torch.enable_grad():
+        # Views, so that one tensor in two places has a gradient for each.
+        inputs = [None if t is None else t.view_as(t) for t in saved]
+        call = Call(
+            **options,
+            weight=inputs[1],
+            bias=inputs[2],
+            residual=inputs[3],
+            mean=None if mean is None else entry.shaped(mean),
+            var=None if var is None else entry.shaped(var),
+            want_stats=dmean is not None or dvar is not None,
+        )
+        assert inputs[0] is not None
+        result = reference.normalize(inputs[0], plan, call)
+        outputs, grads = [], []
+        for out, grad in ((result.y, dy), (result.mean, dmean), (result.var, dvar)):
+            if out is not None and grad is not None and out.requires_grad:
+                outputs.append(out)
+                grads.append(grad if out is result.y else grad.reshape(plan.stat_shape))
+        outputs = [out if out is result.y else _unshaped(entry, out) for out in outputs]
+        wanted = [t for t, need in zip(inputs, needs[:4], strict=True) if t is not None and need]
+        found = iter(
+            torch.autograd.grad(outputs, wanted, grads, create_graph=torch.is_grad_enabled(), allow_unused=True)
+            if outputs and wanted
+            else [None] * len(wanted)
+        )
+    result_grads = [next(found) if t is not None and need else None for t, need in zip(inputs, needs[:4], strict=True)]
+    if needs[3] and through is not None:
+        result_grads[3] = through
+    return tuple(result_grads)
+
+
+def _unshaped(entry: Entry, stat: Tensor) -> Tensor:
+    return entry.plan.statistic_in(stat, "statistic")
+
+
+# ---- operators for torch.compile and torch.export -------------------------------------------------------------------
+
+_SCHEMA = (
+    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mean, Tensor? var, str pattern, str[] names, "
+    "SymInt[] sizes, str affine, bool center, str scale, float eps, float correction, str activation, bool want_stats)"
+    " -> (Tensor y, Tensor stats, Tensor mean, Tensor var)"
+)
+_SCHEMA_BACKWARD = (
+    "(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor stats, Tensor? dmean, Tensor? dvar, "
+    "str pattern, str[] names, SymInt[] sizes, str affine, bool center, str scale, float eps, float correction, "
+    "str activation, bool given, bool[] needs) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)"
+)
+_library = torch.library.Library("evenly", "DEF")
+_library.define("cpu_normalize" + _SCHEMA)
+_library.define("cpu_normalize_backward" + _SCHEMA_BACKWARD)
+
+
+def _marked(function: Any) -> Any:
+    # Runs while the compiler traces, and counts as a constant (what torch.compiler.assume_constant_result does,
+    # without importing the compiler).
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_marked
+def _compiled_in() -> bool:
+    return cpu.extension() is not None
+
+
+def _rebuilt(
+    x: Tensor,
+    first: Tensor | None,
+    pattern: str,
+    names: list[str],
+    sizes: list[int],
+    affine: str,
+    options: tuple[Any, ...],
+    given: bool,
+) -> Entry:
+    """The entry of an operator's arguments."""
+    center, scale, eps, correction, activation = options
+    plan = bind(pattern, x.shape, dict(zip(names, sizes, strict=True)))
+    order = dense_order(x)
+    groups = tuple(tuple(int(i) for i in group.split()) for group in affine.split(",")) if affine else None
+    key = ("operator", order, x.dtype, options, affine, None if first is None else (first.dtype, first.shape), given)
+    entry = plan.cache.get(key)
+    if entry is None:
+        call = Call(
+            center=center,
+            scale=scale or None,
+            eps=eps,
+            correction=correction,
+            weight=first,
+            affine=groups,
+            activation=activation or None,
+        )
+        assert order is not None
+        entry = _build(x, plan, call, order, first, given=given, signs=False)
+        assert entry is not None
+        plan.cache[key] = entry
+    return entry
+
+
+def _filled(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def _operator(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    pattern: str,
+    names: list[str],
+    sizes: list[int],
+    affine: str,
+    center: bool,
+    scale: str,
+    eps: float,
+    correction: float,
+    activation: str,
+    want_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    first = weight if weight is not None else bias
+    given = mean is not None or var is not None
+    options = (center, scale, eps, correction, activation)
+    entry = _rebuilt(x, first, pattern, names, sizes, affine, options, given)
+    stats = torch.empty(entry.stats_shape, dtype=entry.stats_dtype)
+    moments = entry.empty_moments() if want_stats else (stats.new_empty(0), stats.new_empty(0))
+    fixed = (
+        None if mean is None or not center else entry.flat(mean, "mean"),
+        None if var is None or not scale else entry.flat(var, "var"),
+    )
+    laid = None if residual is None else entry.like(residual, x)
+    y = entry.forward(
+        x, _filled(weight), _filled(bias), laid, stats, given=fixed, moments=moments if want_stats else None
+    )
+    return y, stats, *moments
+
+
+def _operator_fake(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    pattern: str,
+    names: list[str],
+    sizes: list[int],
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    plan = bind(pattern, x.shape, dict(zip(names, sizes, strict=True)))
+    many = 1
+    for size in plan.stat_shape:
+        many = many * size
+    dtype = reference.accumulate_dtype(x.dtype)
+    kept = many if rest[-1] else 0
+    stats = x.new_empty((3, many), dtype=dtype)
+    return torch.empty_like(x), stats, x.new_empty(kept, dtype=dtype), x.new_empty(kept, dtype=dtype)
+
+
+def _operator_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stats: Tensor,
+    dmean: Tensor | None,
+    dvar: Tensor | None,
+    pattern: str,
+    names: list[str],
+    sizes: list[int],
+    affine: str,
+    center: bool,
+    scale: str,
+    eps: float,
+    correction: float,
+    activation: str,
+    given: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    first = weight if weight is not None else bias
+    options = (center, scale, eps, correction, activation)
+    entry = _rebuilt(x, first, pattern, names, sizes, affine, options, given)
+    laid = None if residual is None else entry.like(residual, x)
+    weight, bias = _filled(weight), _filled(bias)
+    wanted = (needs[0], needs[1], needs[2], needs[3] and entry.activation is not None)
+    found = entry.backward(entry.like(dy, x), x, weight, bias, laid, stats, None, wanted, _filled(dmean), _filled(dvar))
+    nothing = (x.new_empty(0), x.new_empty(0), x.new_empty(0), x.new_empty(0))
+    return tuple(n if f is None else f for f, n in zip(found, nothing, strict=True))  # type: ignore[return-value]
+
+
+def _operator_backward_fake(
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    needs, activation = rest[-1], rest[-3]
+
+    def like(t: Tensor | None, need: bool) -> Tensor:
+        return torch.empty_like(t, memory_format=torch.preserve_format) if t is not None and need else x.new_empty(0)
+
+    def parameter(t: Tensor | None, need: bool) -> Tensor:
+        return t.new_empty(t.shape) if t is not None and need else x.new_empty(0)
+
+    return (
+        like(x, needs[0]),
+        parameter(weight, needs[1]),
+        parameter(bias, needs[2]),
+        like(x, needs[3] and activation != ""),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, residual, mean, var, *rest = inputs
+    keep = residual if rest[-2] else None
+    ctx.save_for_backward(x, weight, bias, keep, output[1])
+    ctx.arguments = rest[:-1]
+    ctx.want_stats = rest[-1]
+    ctx.given = mean is not None or var is not None
+    ctx.has_residual = residual is not None
+    ctx.set_materialize_grads(False)
+
+
+def _operator_autograd(
+    ctx: Any, dy: Tensor | None, dstats: Tensor | None, dmean: Tensor | None, dvar: Tensor | None
+) -> tuple[Any, ...]:
+    x, weight, bias, residual, stats = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:4])
+    if dy is None:
+        dy = torch.zeros_like(x)
+    if not ctx.want_stats:
+        dmean = dvar = None
+    activation = ctx.arguments[-1]
+    wanted = [needs[0], needs[1] and weight is not None, needs[2] and bias is not None, needs[3]]
+    dx, dweight, dbias, dresidual = torch.ops.evenly.cpu_normalize_backward(
+        dy, x, weight, bias, residual, stats, dmean, dvar, *ctx.arguments, ctx.given, wanted
+    )
+    if activation == "":
+        dresidual = dy
+    grads = [g if need else None for g, need in zip((dx, dweight, dbias, dresidual), wanted, strict=True)]
+    return (*grads, *[None] * 12)
+
+
+_library.impl("cpu_normalize", _operator, "CPU")
+_library.impl("cpu_normalize_backward", _operator_backward, "CPU")
+torch.library.register_fake("evenly::cpu_normalize", _operator_fake, lib=_library)
+torch.library.register_fake("evenly::cpu_normalize_backward", _operator_backward_fake, lib=_library)
+torch.library.register_autograd("evenly::cpu_normalize", _operator_autograd, setup_context=_setup_context, lib=_library)
+
+
+def supports_compiled(x: Tensor, plan: Plan, call: Call) -> bool:
+    """Whether the operator computes this call; asked while compiling, where sizes may be symbols."""
+    if not _static(x, call) or not _compiled_in() or x.numel() == 0:
+        return False
+    order = tuple(range(x.ndim))
+    lowered = block(plan, order)
+    if lowered is None or lowered.kept != tuple(sorted(lowered.kept)):
+        return False
+    first = call.weight if call.weight is not None else call.bias
+    if first is None or first.ndim == 0:
+        return True
+    if call.affine is None:
+        return False
+    plan.affine_in(first, call.affine, "weight")
+    index = weight_index(plan, order, call.affine)
+    # a weight that starts over inside a run, or lasts longer than one, is rare and left to PyTorch
+    return index is not None and _tiles(lowered.sizes, index)
+
+
+def _tiles(sizes: tuple[int, int, int, int], index: tuple[int, int]) -> bool:
+    k1, r1 = sizes[2:]
+    wdiv, wsize = index
+    return bool(
+        wdiv % r1 == 0 or r1 % (wdiv * wsize) == 0 or (wdiv * wsize) % r1 == 0 or (k1 * r1) % (wdiv * wsize) == 0
+    )
+
+
+def run_compiled(x: Tensor, plan: Plan, call: Call) -> Result:
+    """A call as one operator of the graph."""
+    if not x.is_contiguous():
+        x = x.contiguous()
+    affine = "" if call.affine is None else ",".join([" ".join([str(i) for i in group]) for group in call.affine])
+    names, sizes = plan.named_sizes()
+    y, _, mean, var = torch.ops.evenly.cpu_normalize(
+        x,
+        call.weight,
+        call.bias,
+        call.residual,
+        call.mean if call.center else None,
+        call.var if call.scale is not None else None,
+        plan.resolved.text,
+        names,
+        sizes,
+        affine,
+        call.center,
+        call.scale or "",
+        call.eps,
+        float(call.correction),
+        call.activation or "",
+        call.want_stats,
+    )
+    if not call.want_stats:
+        return Result(y, None, None, None)
+    mean = plan.statistic_out(mean.reshape(plan.stat_shape))
+    var = plan.statistic_out(var.reshape(plan.stat_shape))
+    return Result(y, mean, var, torch.full_like(var, plan.count, requires_grad=False))

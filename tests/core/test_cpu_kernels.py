@@ -1,0 +1,520 @@
+"""The CPU kernels: every loop against float64, ill-conditioned input against PyTorch, threads, forks, sanitizers."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+import evenly
+from evenly.core.kernels import cpu, reference
+from evenly.core.kernels.cpu import operator
+from evenly.core.kernels.lowering import block, dense_order, weight_index
+from evenly.core.patterns import bind
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason=f"CPU kernels {cpu.why_not()}")
+
+SOURCES = Path(cpu.__file__).parent
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-11, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
+
+
+@dataclass(frozen=True)
+class Case:
+    pattern: str
+    shape: tuple[int, ...]
+    affine: str
+    last: bool = False  # channels-last memory
+
+
+# Each reaches a loop of its own: rows shorter than a register, of one block, of many; one statistic for all; runs of
+# 49; weights by segment, by period, by column; short runs; rows that are widened with a part left over.
+CASES = [
+    Case("n d -> n", (300, 5), "d"),
+    Case("n d -> n", (7, 1031), "d"),
+    Case("n d -> n", (3, 9001), "d"),
+    Case("n d -> n", (2, 40009), "n"),
+    Case("n d -> ", (11, 10007), "d"),
+    Case("n c l -> c", (5, 7, 49), "c"),
+    Case("n c l -> c", (2, 3, 20011), "c"),
+    Case("n c l -> c", (33, 6, 4), "c"),
+    Case("n c -> c", (4099, 37), "c"),
+    Case("n c -> c", (77, 3), "c"),
+    Case("n c -> c", (300, 1000), "c"),
+    Case("n c l -> n c", (3, 5, 131), "c"),
+    Case("n g c l -> n g", (4, 3, 5, 49), "g c"),
+    Case("n g c l -> n g", (40, 2, 3, 16), "g c"),
+    Case("n c h w -> c", (3, 10, 9, 7), "c", True),
+    Case("n c h w -> n c", (5, 6, 9, 7), "c", True),
+    Case("n c h w -> n", (5, 6, 9, 7), "c", True),
+    Case("n c h w -> n", (5, 6, 9, 7), "c"),
+    Case("n c h w -> n", (5, 6, 9, 7), "c h w"),
+    Case("n d -> n d", (6, 5), "d"),
+    Case("n d -> d", (1, 9), "d"),
+]
+
+
+def formula(
+    x: Tensor, case: Case, w: Tensor, b: Tensor, r: Tensor | None, how: dict[str, object], act: str | None
+) -> Tensor:
+    """From the definition, in the dtype of its arguments (float64)."""
+    left = case.pattern.split("->")[0].split()
+    kept = case.pattern.split("->")[1].split()
+    dims = [i for i, name in enumerate(left) if name not in kept]
+    n = 1
+    for i in dims:
+        n *= x.shape[i]
+    mean = x.mean(dims, keepdim=True) if dims else x
+    u = x - mean
+    correction = how.get("correction", 0)
+    var = u.square().sum(dims, keepdim=True) / (n - correction) if dims else u.square()
+    v = u if how.get("center", True) else x
+    scale = how.get("scale", "std")
+    if scale == "std":
+        v = v / (var + 1e-5).sqrt()
+    elif scale == "rms":
+        v = v / (v.square().sum(dims, keepdim=True) / n + 1e-5).sqrt() if dims else v / (v.square() + 1e-5).sqrt()
+    elif scale == "l2":
+        v = v / (v.square().sum(dims, keepdim=True).sqrt() if dims else v.abs()).clamp(min=1e-12)
+    axes = case.affine.split()
+    shape = [size if name in axes else 1 for name, size in zip(left, x.shape, strict=True)]
+    v = v * w.reshape(shape) + b.reshape(shape)
+    if r is not None:
+        v = v + r
+    return v if act is None else getattr(F, act)(v)
+
+
+HOW = [{}, {"correction": 1}, {"center": False}, {"center": False, "scale": "rms"}, {"center": False, "scale": "l2"},
+       {"scale": "l2"}, {"scale": None}, {"scale": "rms"}]  # fmt: skip
+
+
+def leaves(case: Case, dtype: torch.dtype, seed: int, offset: int, residual: bool) -> list[Tensor]:
+    """x, weight, bias, residual and the gradient of the output, starting ``offset`` elements into their storage."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def one(shape: tuple[int, ...], last: bool = False) -> Tensor:
+        count = 1
+        for size in shape:
+            count *= size
+        flat = torch.randn(count + offset, generator=generator, dtype=torch.float64).to(dtype)[offset:]
+        if last:
+            n, c, h, w = shape
+            return flat.reshape(n, h, w, c).permute(0, 3, 1, 2)
+        return flat.reshape(shape)
+
+    left = case.pattern.split("->")[0].split()
+    width = tuple(case.shape[left.index(name)] for name in case.affine.split())
+    x = one(case.shape, case.last) * 2 + 1
+    return [x, one(width), one(width), one(case.shape, case.last) if residual else None, one(case.shape, case.last)]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    case=st.sampled_from(CASES),
+    dtype=st.sampled_from(DTYPES),
+    how=st.sampled_from(HOW),
+    act=st.sampled_from([None, "relu", "silu", "gelu"]),
+    residual=st.booleans(),
+    offset=st.integers(0, 5),
+    seed=st.integers(0, 99),
+)
+def test_against_float64(case, dtype, how, act, residual, offset, seed):
+    if how.get("scale") == "l2" and dtype == torch.float64:
+        how = {}
+    if case.pattern in ("n d -> n d", "n d -> d") and (how.get("correction") or how.get("scale") == "l2"):
+        how = {}
+    if case.shape[0] == 1 and not how.get("center", True):
+        how = {}
+    x, w, b, r, dy = leaves(case, dtype, seed, offset, residual)
+    inputs = [t.requires_grad_() for t in (x.detach(), w.detach(), b.detach())]
+    if r is not None:
+        inputs.append(r.detach().requires_grad_())
+    y = evenly.normalize(
+        inputs[0],
+        case.pattern,
+        weight=inputs[1],
+        bias=inputs[2],
+        affine=case.affine,
+        residual=inputs[3] if residual else None,
+        activation=act,
+        **how,
+    )
+    order = dense_order(x)
+    plan = bind(case.pattern, x.shape)
+    groups = reference_groups(case, plan)
+    if block(plan, order) is not None and weight_index(plan, order, groups) is not None:
+        assert type(y.grad_fn).__name__ == "_NormalizeBackward"
+    got = torch.autograd.grad(y, inputs, dy)
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    want = formula(*wide[:1], case, wide[1], wide[2], wide[3] if residual else None, how, act)
+    wanted = torch.autograd.grad(want, wide, dy.double())
+    tolerance = TOLERANCE[dtype]
+    assert y.dtype == dtype
+    assert y.stride() == x.stride() or not x.is_contiguous()
+    for name, a, e in [("y", y, want), *zip(("dx", "dw", "db", "dr"), got, wanted, strict=False)]:
+        assert a.shape == e.shape
+        # Relative to what goes into the sum: parameters' gradients and dx may cancel.
+        size = e.abs().max() if name in ("y", "dr") else torch.maximum(e.abs().max(), dy.abs().max().double())
+        slack = 40 if name in ("dw", "db") else 4
+        error = (a.double() - e).abs().max()
+        assert error <= slack * tolerance * (size + 1e-6), (name, float(error), float(size))
+
+
+def reference_groups(case: Case, plan) -> tuple[tuple[int, ...], ...]:
+    return tuple((plan.resolved.axes.index(name),) for name in case.affine.split())
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (1, 1), (1, 7), (7, 1)])
+@pytest.mark.parametrize("pattern", ["n d -> n", "n d -> d", "n d -> ", "n d -> n d"])
+def test_empty_and_single(shape, pattern):
+    x = torch.randn(shape, dtype=torch.float32, requires_grad=True)
+    y = evenly.normalize(x, pattern)
+    plan = bind(pattern, x.shape)
+    want = reference.normalize(x.double(), plan, reference.Call()).y
+    torch.testing.assert_close(y, want.float(), rtol=1e-5, atol=1e-5)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+# ---- accuracy -------------------------------------------------------------------------------------------------------
+
+ILL = {
+    "mean 1e4, std 1": lambda g: torch.randn(g, dtype=torch.float64) + 1e4,
+    "values of 1e-20": lambda g: torch.randn(g, dtype=torch.float64) * 1e-20,
+    "values of 1e20": lambda g: torch.randn(g, dtype=torch.float64) * 1e20,
+    "one outlier of 1e8": lambda g: torch.randn(g, dtype=torch.float64).index_put(
+        (torch.tensor([0]), torch.tensor([0])), torch.tensor(1e8, dtype=torch.float64)
+    ),
+}
+
+
+def errors(kind: str, rows: int = 64, length: int = 3001) -> dict[str, tuple[float, float]]:
+    """Largest error relative to the largest output: (evenly, PyTorch), for rows, columns and images."""
+    torch.manual_seed(0)
+    x = ILL[kind]((rows, length)).float()
+    wide = x.double()
+    eps = 1e-44 if "1e-20" in kind else 1e-5
+
+    def error(y: Tensor, want: Tensor) -> float:
+        return float(((y.double() - want).abs().max() / want.abs().max()).nan_to_num(nan=float("inf")))
+
+    found = {}
+    for name, dims in (("rows", 1), ("columns", 0)):
+        u = wide - wide.mean(dims, keepdim=True)
+        want = u / (u.square().mean(dims, keepdim=True) + eps).sqrt()
+        pattern = "n d -> n" if dims else "n d -> d"
+        theirs = F.layer_norm(x, (length,), eps=eps) if dims else F.batch_norm(x, None, None, training=True, eps=eps)
+        found[name] = (error(evenly.normalize(x, pattern, eps=eps), want), error(theirs, want))
+    image, wide_image = x.reshape(4, 16, length), wide.reshape(4, 16, length)
+    u = wide_image - wide_image.mean((0, 2), keepdim=True)
+    want = u / (u.square().mean((0, 2), keepdim=True) + eps).sqrt()
+    ours = evenly.normalize(image, "n c l -> c", eps=eps)
+    found["image"] = (error(ours, want), error(F.batch_norm(image, None, None, training=True, eps=eps), want))
+    return found
+
+
+@pytest.mark.parametrize("kind", ILL)
+def test_never_less_accurate_than_pytorch(kind, record_property):
+    for name, (ours, theirs) in errors(kind).items():
+        record_property(f"{kind}, {name}", f"evenly {ours:.1e}, PyTorch {theirs:.1e}")
+        # two units in the last place are the rounding of x - mean, of 1/s and of their product
+        assert ours <= max(theirs, 2**-22), (kind, name, ours, theirs)
+        assert ours < 1e-6, (kind, name, ours)
+
+
+def test_drifting_columns():
+    """Columns whose mean moves far from that of the first rows: the pivot of the first block is not good enough."""
+    torch.manual_seed(0)
+    x = torch.randn(20000, 24) + torch.linspace(0, 1e4, 20000)[:, None]
+    m = evenly.moments(x, "n c -> c")
+    wide = x.double()
+    torch.testing.assert_close(m.mean.double(), wide.mean(0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(m.var.double(), wide.var(0, correction=0), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("pattern", ["n d -> n", "n d -> d", "n d -> "])
+def test_nan_and_infinity_stay_where_they_belong(bad, pattern):
+    x = torch.randn(9, 40)
+    x[3, 7] = bad
+    y = evenly.normalize(x, pattern)
+    want = reference.normalize(x, bind(pattern, x.shape), reference.Call()).y
+    assert torch.equal(y.isnan(), want.isnan())
+    torch.testing.assert_close(y, want, equal_nan=True, rtol=1e-5, atol=1e-5)
+    m = evenly.moments(x, pattern)
+    assert (m.mean.isfinite() == (x.sum(0) if pattern.endswith(" d") else x.sum(1) if pattern.endswith(" n") else
+                                  x.sum()).isfinite()).all()  # fmt: skip
+
+
+# ---- runs, threads, processes ---------------------------------------------------------------------------------------
+
+
+def everything(x: Tensor, pattern: str) -> tuple[Tensor, ...]:
+    leaf = x.detach().clone().requires_grad_()
+    w = torch.linspace(0.5, 2, x.shape[1]).requires_grad_()
+    y = evenly.normalize(leaf, pattern, weight=w, affine="c", activation="silu")
+    return (y.detach(), *torch.autograd.grad(y, (leaf, w), x.roll(1, 0)))
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("pattern", ["n c h w -> c", "n c h w -> n", "n c h w -> n c", "n c h w -> "])
+def test_bits_do_not_depend_on_the_number_of_threads(pattern, last):
+    torch.manual_seed(0)
+    x = torch.randn(6, 10, 60, 61)
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    before = torch.get_num_threads()
+    runs = []
+    try:
+        for threads in (1, 2, 3, 2, 1):
+            torch.set_num_threads(threads)
+            runs.append(everything(x, pattern))
+    finally:
+        torch.set_num_threads(before)
+    for other in runs[1:]:
+        for a, b in zip(runs[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_concurrent_calls():
+    torch.manual_seed(0)
+    inputs = [torch.randn(3, 8, 40, 41) for _ in range(6)]
+    want = [everything(x, "n c h w -> c") for x in inputs]
+    with ThreadPoolExecutor(6) as pool:
+        for _ in range(3):
+            for got, expected in zip(pool.map(lambda x: everything(x, "n c h w -> c"), inputs), want, strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def _child(queue, x):
+    queue.put([t.sum().item() for t in everything(x, "n c h w -> c")])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="fork")
+def test_fork_after_first_use():
+    """A forked child (a worker of a data loader) computes after its parent has used threads; it does not hang."""
+    torch.manual_seed(0)
+    x = torch.randn(8, 16, 64, 64)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        want = [t.sum().item() for t in everything(x, "n c h w -> c")]
+        context = multiprocessing.get_context("fork")
+        queue = context.SimpleQueue()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = context.Process(target=_forked_with_one_thread, args=(queue, x))
+            child.start()
+        child.join(60)
+        alive = child.is_alive()
+        if alive:
+            child.kill()
+        assert not alive, "the child hangs"
+        assert child.exitcode == 0
+        got = queue.get()
+    finally:
+        torch.set_num_threads(before)
+    assert got == pytest.approx(want, rel=1e-4, abs=1e-2)
+
+
+def _forked_with_one_thread(queue, x):
+    # PyTorch's own operators may hang in a forked child unless they run on one thread; the kernels take care of
+    # themselves and are called with the thread count that was inherited.
+    y = evenly.normalize(x, "n c h w -> c")
+    assert cpu.extension().threads() == 1
+    torch.set_num_threads(1)
+    assert y.isfinite().all()
+    _child(queue, x)
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2"])
+def test_other_instruction_sets(isa):
+    """The same cases on an older instruction set than this machine's."""
+    script = textwrap.dedent(
+        """
+        import torch, evenly
+        from evenly.core.kernels import cpu
+        from torch.nn import functional as F
+        torch.manual_seed(0)
+        print(cpu.extension().isa())
+        f32, f64, b16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+        for dtype, tolerance in ((f32, 1e-5), (f64, 1e-12), (b16, 2e-2), (f16, 2e-3)):
+            for shape, pattern in (((33, 70), "n c -> c"), ((33, 70), "n c -> n"), ((5, 6, 49), "n c l -> c")):
+                for activation in (None, "relu", "silu", "gelu"):
+                    x = torch.randn(shape, dtype=torch.float64)
+                    r = torch.randn(shape, dtype=torch.float64)
+                    dims = [i for i, a in enumerate(pattern.split("->")[0].split()) if a not in pattern.split("->")[1]]
+                    leaf = x.to(dtype).requires_grad_()
+                    y = evenly.normalize(leaf, pattern, residual=r.to(dtype), activation=activation)
+                    (dx,) = torch.autograd.grad(y, leaf, torch.ones_like(y) + x.to(dtype))
+                    wide = leaf.detach().double().requires_grad_()
+                    u = wide - wide.mean(dims, keepdim=True)
+                    v = u / (u.square().mean(dims, keepdim=True) + 1e-5).sqrt() + r.to(dtype).double()
+                    v = v if activation is None else getattr(F, activation)(v)
+                    (want,) = torch.autograd.grad(v, wide, 1 + x.to(dtype).double())
+                    assert (y.double() - v).abs().max() < 5 * tolerance * v.abs().max(), (dtype, pattern, activation)
+                    limit = 9 * tolerance * max(want.abs().max(), 1.0)
+                    assert (dx.double() - want).abs().max() < limit, (dtype, pattern)
+        """
+    )
+    environment = {**os.environ, "EVENLY_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(SOURCES.parents[3]), environment.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[0] in (isa, "portable")
+
+
+# ---- as operators ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ["", "relu", "gelu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(activation, dtype):
+    x = torch.randn(4, 6, 10, dtype=dtype, requires_grad=True)
+    w, b = (torch.randn(6, dtype=dtype, requires_grad=True) for _ in range(2))
+    r = torch.randn_like(x, requires_grad=True)
+    arguments = ("n c l -> c", [], [], "1", True, "std", 1e-5, 0.0, activation, True)
+    for residual in (None, r):
+        torch.library.opcheck(torch.ops.evenly.cpu_normalize.default, (x, w, b, residual, None, None, *arguments))
+    _, stats, _, _ = torch.ops.evenly.cpu_normalize(x, w, b, r, None, None, *arguments)
+    torch.library.opcheck(
+        torch.ops.evenly.cpu_normalize_backward.default,
+        (
+            torch.randn_like(x), x.detach(), w.detach(), b.detach(), r.detach(), stats.detach(), None, None,
+            *arguments[:-1], False, [True, True, True, True],
+        ),
+    )  # fmt: skip
+
+
+def test_compiled_graph_has_one_operator():
+    seen = []
+
+    def backend(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    torch._dynamo.reset()
+    x = torch.randn(4, 6, 10)
+    run = torch.compile(lambda x: evenly.normalize(x, "n (g c) l -> n g", g=3), fullgraph=True, backend=backend)
+    torch.testing.assert_close(run(x), evenly.normalize(x, "n (g c) l -> n g", g=3))
+    assert any("cpu_normalize" in name for name in seen), seen
+    torch._dynamo.reset()
+
+
+def test_export():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = evenly.nn.LayerNorm(12)
+
+        def forward(self, x):
+            return self.norm(x)
+
+    net, x = Net(), torch.randn(3, 12)
+    program = torch.export.export(net, (x,))
+    torch.testing.assert_close(program.module()(x), net(x))
+
+
+def test_the_short_way_is_the_long_way():
+    """The second call with the same settings takes the remembered entry; nothing changes."""
+    torch.manual_seed(0)
+    x, w = torch.randn(5, 6, 7), torch.randn(6)
+    operator._quick.clear()
+    first = evenly.normalize(x, "n c l -> c", weight=w, activation="relu")
+    assert operator._quick
+    assert torch.equal(evenly.normalize(x, "n c l -> c", weight=w, activation="relu"), first)
+    assert torch.equal(evenly.normalize(x, "n c l -> c", activation="relu"),
+                       evenly.normalize(x, "n c l -> c", weight=torch.ones(6), activation="relu"))  # fmt: skip
+    with pytest.raises(ValueError, match="weight has shape"):
+        evenly.normalize(x, "n c l -> c", weight=torch.randn(7), activation="relu")
+    with pytest.raises(ValueError, match="residual"):
+        evenly.normalize(x, "n c l -> c", weight=w, activation="relu", residual=torch.randn(5, 6, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("last", [False, True])
+def test_batch_norm_layer_as_pytorch(dtype, last):
+    """Training with running statistics moved by the kernel, then evaluation; both by the short way."""
+    torch.manual_seed(0)
+    ours, theirs = evenly.nn.BatchNorm(6, dtype=dtype), torch.nn.BatchNorm2d(6, dtype=dtype)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    for _ in range(4):
+        x = torch.randn(8, 6, 9, 9).mul(3).add(2).to(dtype)
+        x = x.contiguous(memory_format=torch.channels_last) if last else x
+        torch.testing.assert_close(ours(x), theirs(x), **tolerance)
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), **tolerance)
+    version = ours.running_mean._version
+    ours(x)
+    assert ours.running_mean._version > version
+    ours.eval()
+    theirs.load_state_dict(ours.state_dict())
+    theirs.eval()
+    for _ in range(2):
+        torch.testing.assert_close(ours(x), theirs(x), **tolerance)
+
+
+def test_without_the_extension(monkeypatch):
+    """No extension: one warning, and PyTorch computes."""
+    cpu.extension.cache_clear()
+    monkeypatch.setattr(cpu, "_load", lambda: (None, "not compiled"))
+    operator._quick.clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="C\\+\\+ compiler"):
+            y = evenly.normalize(torch.randn(3, 4, requires_grad=True), "n d -> n")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            evenly.normalize(torch.randn(3, 5), "n d -> n")
+        assert type(y.grad_fn).__name__ != "_NormalizeBackward"
+        assert not cpu.available()
+        assert cpu.describe() == "missing (not compiled)"
+    finally:
+        monkeypatch.undo()
+        cpu.extension.cache_clear()
+
+
+def test_import_does_not_load_the_extension():
+    script = "import evenly, sys; assert 'evenly.core.kernels.cpu._kernels' not in sys.modules"
+    environment = {**os.environ, "PYTHONPATH": str(SOURCES.parents[3])}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=120)
+
+
+# ---- sanitizers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not (SOURCES / "pool.cpp").exists(), reason="installed without its C++ sources")
+def test_under_sanitizers(tmp_path):
+    """The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, on buffers of exactly the right size."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    flags = ["-std=c++17", "-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-Wno-psabi"]
+    probe = tmp_path / "probe.cpp"
+    probe.write_text("int main() { return 0; }\n")
+    built = subprocess.run(
+        [compiler, *flags, str(probe), "-o", str(tmp_path / "probe")], capture_output=True, check=False
+    )
+    if built.returncode or subprocess.run([str(tmp_path / "probe")], check=False).returncode:
+        pytest.skip("the compiler has no sanitizer runtime")
+    driver = Path(__file__).with_name("sanitize_cpu_kernels.cpp")
+    program = tmp_path / "driver"
+    command = [compiler, *flags, f"-I{SOURCES}", str(driver), str(SOURCES / "pool.cpp"), "-ldl", "-pthread", "-o"]
+    subprocess.run([*command, str(program)], check=True, timeout=900)
+    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "problems" in done.stdout
