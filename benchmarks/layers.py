@@ -7,7 +7,8 @@
 
 All layers of an input run in turn, round after round, on the same data; printed are medians, the ratio to torch's
 plain layer (``BatchNorm2d``, ``LayerNorm``, ``BatchNorm1d``), the ratio to the named peer, and the bytes that a layer
-keeps for its backward pass. The clock ``process`` counts the processor's time, which a busy machine does not change;
+keeps for its backward pass. Attention and blocks of transformers are compared with plain ones in the same way. The
+clock ``process`` counts the processor's time, which a busy machine does not change;
 it adds up threads. Authors' modules are not part of this repository: ``online_norm_pytorch`` (Cerebras) and
 ``mask_powernorm`` (sIncerass/powernorm) are timed where ``--peers`` leads to them.
 """
@@ -29,12 +30,51 @@ from typing import Any
 import torch
 from torch import nn
 
+import evenly.models as em
 import evenly.nn as en
 
 BOUND = 1.5  # times the plain layer, forward + backward
 
 #: Name: shape, torch's plain layer, contestants (name: how to make it, and the peer to compare with).
 Made = dict[str, tuple[Callable[[], nn.Module], str | None]]
+
+
+class PlainAttention(nn.Module):
+    """Attention as one writes it with torch: with and without unit queries and keys."""
+
+    def __init__(self, dim: int, heads: int, normalize: bool = False) -> None:
+        super().__init__()
+        self.heads, self.normalize = heads, normalize
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.scale = nn.Parameter(torch.tensor(14.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if self.normalize:
+            q, k = nn.functional.normalize(q, dim=-1) * self.scale, nn.functional.normalize(k, dim=-1)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, scale=1.0 if self.normalize else None)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class TorchAttention(nn.MultiheadAttention):
+    """torch's module as self-attention."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__(dim, heads, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(x, x, x, need_weights=False)[0]
+
+
+class NGPTBlock(nn.Module):
+    """A block of nGPT alone."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.block = em.NGPT(em.NGPTConfig(2, 1, heads, dim, 128)).blocks[0]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block(x)[0]
 
 
 def inputs() -> dict[str, tuple[tuple[int, ...], str, Made]]:
@@ -78,6 +118,30 @@ def inputs() -> dict[str, tuple[tuple[int, ...], str, Made]]:
         "LayerNorm (torch)": (lambda: nn.LayerNorm(d), None),
         "OnlineNorm": (lambda: en.OnlineNorm1d(d), "OnlineNorm1d (authors)"),
     }
+    attention: Made = {
+        "attention (torch, plain)": (lambda: PlainAttention(256, 8), None),
+        "MultiheadAttention (torch)": (lambda: TorchAttention(256, 8), None),
+        "attention, normalize by hand": (lambda: PlainAttention(256, 8, normalize=True), None),
+        "QKNormAttention": (lambda: en.QKNormAttention(256, 8, seq_len_p975=128), "attention, normalize by hand"),
+        "QKNormAttention (a scale a head)": (
+            lambda: en.QKNormAttention(256, 8, seq_len_p975=128, per_head_scale=True),
+            "attention, normalize by hand",
+        ),
+    }
+    block: dict[str, Any] = {"dim": 256, "num_heads": 8, "activation": "swiglu", "causal": True}
+    blocks: Made = {
+        "block, RMSNorm (torch)": (lambda: em.TransformerBlock(norm=nn.RMSNorm, **block), None),
+        "block, RMSNorm": (lambda: em.TransformerBlock(norm="rms", **block), "block, RMSNorm (torch)"),
+        "block, RMSNorm, qk l2": (
+            lambda: em.TransformerBlock(norm="rms", qk_norm="l2", qk_scale=14.0, **block),
+            "block, RMSNorm (torch)",
+        ),
+        "block, RMSNorm, qk rms": (
+            lambda: em.TransformerBlock(norm="rms", qk_norm="rms", **block),
+            "block, RMSNorm (torch)",
+        ),
+        "nGPT's block": (lambda: NGPTBlock(256, 8), "block, RMSNorm (torch)"),
+    }
     authors = _module("online_norm_pytorch")
     if authors is not None:
         images["OnlineNorm2d (authors)"] = (lambda: authors.OnlineNorm2d(c, ecm="ls"), None)
@@ -91,6 +155,8 @@ def inputs() -> dict[str, tuple[tuple[int, ...], str, Made]]:
         "images 32x64x28x28": ((32, c, 28, 28), "BatchNorm2d (torch)", images),
         "images 2x64x56x56": ((2, c, 56, 56), "BatchNorm2d (torch)", images),
         "tokens 32x64x512": ((32, 64, d), "LayerNorm (torch)", tokens),
+        "attention 8x128x256": ((8, 128, 256), "attention (torch, plain)", attention),
+        "blocks 8x128x256": ((8, 128, 256), "block, RMSNorm (torch)", blocks),
         "features 128x512": ((128, d), "BatchNorm1d (torch)", features),
         "features 4096x512": ((4096, d), "BatchNorm1d (torch)", features),
     }

@@ -16,15 +16,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+if TYPE_CHECKING:
+    from evenly.models._language import LanguageModel
 
 __all__ = ["RECIPES", "Layer", "Recipe", "recipe", "recipes_for"]
 
 Layer = str | Callable[[int], nn.Module]
 """A name that :func:`evenly.nn.create` knows, or a callable from the number of features to a module."""
 
-KINDS = ("image", "tabular")
+KINDS = ("image", "tabular", "text")
+
+VECTORS = ("image", "tabular")
 
 
 @dataclass(frozen=True)
@@ -37,14 +43,18 @@ class Recipe:
             a callable that takes the number of features (channels, axis 1) and returns a module.
         prepare: called with the finished network; changes it in place or returns another one. ``None``:
             nothing more to do.
-        kinds: the inputs it is for: ``"image"`` (N, C, H, W) and ``"tabular"`` (N, C).
+        kinds: the inputs it is for: ``"image"`` (N, C, H, W), ``"tabular"`` (N, C), and ``"text"``, the tokens of a
+            language model (N, T, C).
+        language: for text, builds the language model from the sizes of :func:`evenly.models.gpt`, where that is more
+            than a GPT with this layer. ``None``: such a GPT.
         description: one line for the report.
     """
 
     name: str
     layer: Layer
     prepare: Callable[[nn.Module], nn.Module] | None = None
-    kinds: tuple[str, ...] = KINDS
+    kinds: tuple[str, ...] = VECTORS
+    language: Callable[..., LanguageModel] | None = None
     description: str = ""
 
     def build(self, num_features: int) -> nn.Module:
@@ -59,6 +69,22 @@ class Recipe:
             return create(self.layer, num_features)
         return self.layer(num_features)
 
+    def language_model(self, vocab_size: int, **sizes: Any) -> LanguageModel:
+        """The language model with this normalization.
+
+        Args:
+            vocab_size: number of token ids.
+            **sizes: ``dim``, ``depth``, ``num_heads``, ``block_size`` of :func:`evenly.models.gpt`.
+
+        >>> recipe("qknorm").language_model(256, dim=32, depth=1).blocks[0].attention.branch.qk_norm
+        'l2'
+        """
+        if self.language is not None:
+            return self.language(vocab_size, **sizes)
+        from evenly.models.gpt import gpt
+
+        return gpt(vocab_size, norm=self, **sizes)
+
     def finish(self, model: nn.Module) -> nn.Module:
         """Apply ``prepare`` to a finished network and return the network."""
         return model if self.prepare is None else self.prepare(model)
@@ -71,10 +97,26 @@ def _weight_standardize(model: nn.Module) -> nn.Module:
     return model
 
 
+def _query_key_norm(vocab_size: int, **sizes: Any) -> LanguageModel:
+    from evenly.models.gpt import gpt
+
+    return gpt(vocab_size, norm="layer", qk_norm="l2", **sizes)
+
+
+def _ngpt(
+    vocab_size: int, *, dim: int = 128, depth: int = 4, num_heads: int = 4, block_size: int = 128
+) -> LanguageModel:
+    from evenly.models.ngpt import NGPT, NGPTConfig
+
+    # A perceptron of three matrices, as SwiGLU has, with as many weights as the two of a GPT.
+    config = NGPTConfig(vocab_size, depth, num_heads, dim, block_size, mlp_ratio=8 / 3, alpha_init=1 / depth)
+    return NGPT(config)
+
+
 _ROWS = (
     Recipe("none", "none", description="no normalization"),
     Recipe("batch", "batch", description="one statistic a channel, over the batch and all positions"),
-    Recipe("layer", "layer", description="one statistic a sample, over all channels and positions"),
+    Recipe("layer", "layer", kinds=KINDS, description="one statistic a sample (of text: a token), over all its values"),
     Recipe("group", "group", description="one statistic a sample and group of channels"),
     Recipe(
         "group+ws",
@@ -84,8 +126,22 @@ _ROWS = (
         description="group normalization, with standardized convolution weights",
     ),
     Recipe("instance", "instance", kinds=("image",), description="one statistic a sample and channel"),
-    Recipe("rms", "rms", description="as layer, dividing by the root mean square without centring"),
-    Recipe("scale", "scale", description="the vector of a sample divided by its length, times one gain"),
+    Recipe("rms", "rms", kinds=KINDS, description="as layer, dividing by the root mean square without centring"),
+    Recipe("scale", "scale", kinds=KINDS, description="the vector of a sample divided by its length, times one gain"),
+    Recipe(
+        "qknorm",
+        "layer",
+        kinds=("text",),
+        language=_query_key_norm,
+        description="layer, and attention on cosines of queries and keys times one learned scale",
+    ),
+    Recipe(
+        "ngpt",
+        "none",
+        kinds=("text",),
+        language=_ngpt,
+        description="nGPT: hidden states and weight vectors of length 1, projected after every step",
+    ),
 )
 
 RECIPES: dict[str, Recipe] = {row.name: row for row in _ROWS}
@@ -111,7 +167,7 @@ def recipe(norm: str | Recipe | Callable[[int], nn.Module]) -> Recipe:
     if isinstance(norm, Recipe):
         return norm
     if callable(norm):
-        return Recipe(getattr(norm, "__name__", repr(norm)), norm)
+        return Recipe(getattr(norm, "__name__", repr(norm)), norm, kinds=KINDS)
     if norm in RECIPES:
         return RECIPES[norm]
     module, _, attribute = norm.partition(":")
@@ -128,14 +184,14 @@ def recipe(norm: str | Recipe | Callable[[int], nn.Module]) -> Recipe:
         return found
     if not callable(found):
         raise ValueError(f"normalization {norm!r} is {found!r}, neither a Recipe nor a callable")
-    return Recipe(norm, found, description=f"{module}:{attribute}")
+    return Recipe(norm, found, kinds=KINDS, description=f"{module}:{attribute}")
 
 
 def recipes_for(kind: str) -> list[str]:
     """The names of the recipes for inputs of a kind.
 
     Args:
-        kind: ``"image"`` or ``"tabular"``.
+        kind: ``"image"``, ``"tabular"`` or ``"text"``.
 
     Raises:
         ValueError: another kind.

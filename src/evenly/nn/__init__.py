@@ -6,10 +6,12 @@ from evenly.nn.create import available, create
 from evenly.nn.groupnorm import GroupNorm, InstanceNorm
 from evenly.nn.layernorm import LayerNorm, RMSNorm, ScaleNorm
 from evenly.nn.layernorm_rnn import LayerNormGRUCell, LayerNormLSTM, LayerNormLSTMCell, LayerNormRNNCell
+from evenly.nn.ngpt import NormalizedEmbedding, NormalizedLinear, ProjectedOptimizer, ScaledParameter, project_
 from evenly.nn.nonorm import NoNorm
 from evenly.nn.norm import Norm
 from evenly.nn.onlinenorm import OnlineNorm, OnlineNorm1d, OnlineNorm2d, OnlineNorm3d
 from evenly.nn.powernorm import GroupScaling, PowerNorm, PowerNormV, fold_into_linear
+from evenly.nn.qknorm import QKNormAttention, qknorm_attention, qknorm_init_scale
 from evenly.nn.recalibrate import recalibrate_
 from evenly.nn.whiten import Whiten
 
@@ -28,6 +30,14 @@ __all__ = [
     "LayerNormLSTMCell",
     "LayerNormGRUCell",
     "LayerNormLSTM",
+    "QKNormAttention",
+    "qknorm_attention",
+    "qknorm_init_scale",
+    "NormalizedLinear",
+    "NormalizedEmbedding",
+    "ScaledParameter",
+    "ProjectedOptimizer",
+    "project_",
     "recalibrate_",
     "PowerNorm",
     "PowerNormV",

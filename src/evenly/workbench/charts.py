@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-__all__ = ["Series", "bars", "curves", "dumbbell", "slopes"]
+__all__ = ["Series", "bars", "curves", "dumbbell", "lines", "slopes"]
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,63 @@ def curves(name: str, series: Sequence[Series], low: float, high: float) -> str:
             out.append(_path(place(faint), f"faint {each.colour}"))
     for each in series:
         out.append(_path(place(each.points), f"line {each.colour}", each.name))
+    out.append("</svg>")
+    return "".join(out)
+
+
+def lines(
+    title: str,
+    series: Sequence[Series],
+    x_name: str,
+    *,
+    log_x: bool = False,
+    low: float = 0.0,
+    high: float | None = None,
+) -> str:
+    """Lines of all normalizations in one picture, each named at its right end.
+
+    Args:
+        title: what is drawn, for readers that do not see it.
+        series: the lines; thin lines for ``faint``; a point a value where there are at most 8.
+        x_name: name of the horizontal axis.
+        log_x: logarithmic horizontal axis, marked at the points themselves.
+        low: the vertical axis starts at the least value, but not below this.
+        high: the vertical axis ends there at most, and lines are cut off.
+    """
+    left, right, top, bottom, width, height = 44, 84, 10, 40, 520, 300
+    points = [p for each in series for line in (each.points, *each.faint) for p in line]
+    if not points:
+        return ""
+    values = [v if high is None else min(v, high) for _, v in points]
+    marks = ticks(max(low, min(values)), max(values), 5)
+    across = sorted({p for p, _ in points})
+    place = math.log10 if log_x else float
+    x = _scale(place(across[0]), place(across[-1]), left + 8, width - right)
+    y = _scale(marks[0], marks[-1], height - bottom, top)
+    out = [_open(width, height, title)]
+    for value in marks:
+        out.append(_line(left, y(value), width - right, y(value), "grid"))
+        out.append(_text(left - 7, y(value) + 4, f"{value:g}", "tick", "end"))
+    for value in across if log_x else ticks(across[0], across[-1], 4):
+        if across[0] <= value <= across[-1]:
+            out.append(_text(x(place(value)), height - bottom + 18, f"{value:g}", "tick", "middle"))
+    out.append(_text((left + width - right) / 2, height - 4, x_name, "tick", "middle"))
+
+    def path(line: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+        return [(x(place(p)), y(min(max(v, marks[0]), marks[-1]))) for p, v in line]
+
+    for each in series:
+        out.extend(_path(path(faint), f"faint {each.colour}") for faint in each.faint)
+    ends = sorted(((path(each.points)[-1][1], each) for each in series if each.points), key=lambda end: end[0])
+    free = -math.inf
+    for at, each in ends:
+        out.append(_path(path(each.points), f"line {each.colour}", each.name))
+        if len(each.points) <= 8:
+            for (px, py), (p, v) in zip(path(each.points), each.points, strict=True):
+                tip = f"<title>{escape(f'{each.name}, {x_name} {p:g}: {v:.3f}')}</title>"
+                out.append(f'<circle class="dot {each.colour}" cx="{px:.1f}" cy="{py:.1f}" r="3.2">{tip}</circle>')
+        free = max(at, free + 14)
+        out.append(_text(width - right + 10, free + 4, each.name, f"label {each.colour}"))
     out.append("</svg>")
     return "".join(out)
 

@@ -5,6 +5,9 @@ learning rate found on the same budget; tests each on clean data, under 15 corru
 shifted domains; and ranks them, with ties where the difference is smaller than the spread. ``evenly compare`` is
 the same on the command line.
 
+On text (``model="gpt", data="text"``) a small language model is trained at every learning rate of a grid and then, at
+the best, from several seeds; normalizations are ranked by bits per byte.
+
 Everything is kept in the output folder: ``trials.sqlite`` (every trial), ``report.html``, ``cache/`` (corrupted
 test sets; may be deleted). Started again with the same folder, finished trials are loaded and not run again, and
 failed ones are tried again.
@@ -27,7 +30,8 @@ import torch
 from rich.console import Console
 
 from evenly.workbench.engines import LocalEngine, Outcome, make_engine
-from evenly.workbench.metrics import METRICS, Arm, finding, summarize
+from evenly.workbench.language import build_language_model, is_text, load_words, windows
+from evenly.workbench.metrics import LOWER, METRICS, Arm, finding, summarize
 from evenly.workbench.progress import Watch, print_ranking
 from evenly.workbench.sets import data_hash, evaluation_sets, load_data
 from evenly.workbench.store import Store
@@ -50,6 +54,9 @@ QUICK_STEPS = 88
 QUICK_SEVERITIES = (1, 3, 5)
 QUICK_TEST_SAMPLES = 256
 DEFAULT_TEST_SAMPLES = 512
+TEXT_BATCH_SIZES = (16,)
+TEXT_STEPS = 240
+QUICK_TEXT_STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,7 @@ def compare(
     workers: int | None = None,
     out: str | Path = "evenly-compare",
     quick: bool = False,
-    rank_by: str = "mpc",
+    rank_by: str | None = None,
     console: Console | None = None,
     command: str | None = None,
 ) -> Comparison:
@@ -124,15 +131,17 @@ def compare(
     Args:
         norms: names in :data:`evenly.models.RECIPES`, or ``"module:attribute"`` paths to your own; ``None``: every
             recipe for the kind of data.
-        data: what to train on, as in :func:`evenly.data.load`.
+        data: what to train on, as in :func:`evenly.data.load`; or ``"text"``, the source of Python's standard
+            library, or ``"text:FILE"``.
         ood: a second data set with the same classes, tested on and never trained on.
         model: ``"resnet"``, ``"mlp"`` or ``"module:factory"`` (see :func:`evenly.workbench.trial.build_model`);
-            ``None``: the ResNet for images, the MLP for features.
-        batch_sizes: default 4 and 64 (quick: 64).
+            ``None``: the ResNet for images, the MLP for features, ``"gpt"`` for text, which has no other.
+        batch_sizes: default 4 and 64 (quick: 64); on text 16.
         seeds: number of seeds, default 3.
         epochs: passes over the training set; default: as many as make 110 steps (quick: 88), at least 2, which
-            leaves small data and large batches enough steps to learn anything.
-        lr: the learning rate, or the centre of the grid with ``tune=True``; default 0.02 * sqrt(batch size / 64).
+            leaves small data and large batches enough steps to learn anything. On text 240 steps (quick: 50).
+        lr: the learning rate, or the centre of the grid with ``tune=True``; default 0.02 * sqrt(batch size / 64), on
+            text 0.003 * sqrt(batch size / 16).
         tune: search the learning rate of each normalization and batch size (see :mod:`evenly.workbench.tune`).
             ``None``: yes, unless ``lr`` or ``quick`` is given. A trial of the search takes at most 240 steps and is
             tested on nothing but its held-out fifth, so the whole search costs about as much as one seed.
@@ -143,7 +152,7 @@ def compare(
         out: the output folder; give the same one to go on where a run was stopped.
         quick: a look in less than half a minute: batch size 64 only, fewer steps, three severities, at most 256
             test samples for them, no search.
-        rank_by: one of :data:`evenly.workbench.metrics.METRICS`.
+        rank_by: one of :data:`evenly.workbench.metrics.METRICS`; default ``"mpc"``, on text ``"bits"``.
         console: where progress goes; default: standard output.
         command: how this was started, for the report; default: this call.
 
@@ -159,6 +168,7 @@ def compare(
     began = time.monotonic()
     call = command or _call(locals())
     console = console or Console()
+    rank_by = ("bits" if is_text(data) else "mpc") if rank_by is None else rank_by
     plan = _plan(
         norms=norms,
         data=data,
@@ -228,7 +238,8 @@ class Plan:
         resolution: one test sample.
         template: the settings that all trials share.
         lr: the given learning rate.
-        data_name, data_kind, sizes: of the data, for the report (``sizes``: training and test samples).
+        data_name, data_kind, sizes: of the data, for the report (``sizes``: training and test samples; of text,
+            windows).
     """
 
     norms: tuple[str, ...]
@@ -252,7 +263,7 @@ class Plan:
 
     def base_lr(self, batch_size: int) -> float:
         """The rate without a search, and the centre of the grid with one."""
-        return default_lr(batch_size) if self.lr is None else self.lr
+        return default_lr(batch_size, self.template.data) if self.lr is None else self.lr
 
 
 def _plan(
@@ -277,15 +288,24 @@ def _plan(
         sys.path.insert(0, here)  # as `python -m` does: a user's file beside them
     if rank_by not in METRICS:
         raise ValueError(f"cannot rank by {rank_by!r}: known are {', '.join(METRICS)}")
+    if (rank_by in LOWER) != is_text(data):
+        known = [name for name in METRICS if (name in LOWER) == is_text(data)]
+        raise ValueError(f"cannot rank {data} by {rank_by!r}: known are {', '.join(known)}")
     if rank_by == "ood" and ood is None:
         raise ValueError("cannot rank by 'ood' without a second data set: give --ood")
     seeds = DEFAULT_SEEDS if seeds is None else seeds
     if seeds < 1:
         raise ValueError(f"seeds is {seeds}, expected at least 1")
-    sizes = tuple(batch_sizes) if batch_sizes is not None else (QUICK_BATCH_SIZES if quick else DEFAULT_BATCH_SIZES)
+    usual = TEXT_BATCH_SIZES if is_text(data) else QUICK_BATCH_SIZES if quick else DEFAULT_BATCH_SIZES
+    sizes = usual if batch_sizes is None else tuple(batch_sizes)
     if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
         raise ValueError(f"batch sizes are {list(sizes)}, expected different numbers of at least 1")
     _check_device(device)
+    tune = tune if tune is not None else lr is None and not quick
+    if is_text(data):
+        return _plan_text(norms, data, ood, model, sizes, seeds, epochs, lr, tune, device, quick)
+    if model == "gpt":
+        raise ValueError(f"model 'gpt' reads text, and the data are {data!r}: use --data text")
     dataset = load_data(data)
     if ood is not None:
         load_data(ood)
@@ -326,7 +346,7 @@ def _plan(
         batch_sizes=sizes,
         epochs={size: _epochs(len(dataset.train_x), size, quick) if epochs is None else epochs for size in sizes},
         seeds=seeds,
-        tune=tune if tune is not None else lr is None and not quick,
+        tune=tune,
         metric=rank_by,
         resolution=1 / len(dataset.test_x),
         template=replace(template, code=_code(model, names[0])),
@@ -334,6 +354,66 @@ def _plan(
         data_name=dataset.name,
         data_kind=dataset.kind,
         sizes=(len(dataset.train_x), len(dataset.test_x)),
+    )
+
+
+def _plan_text(
+    norms: Sequence[str] | None,
+    data: str,
+    ood: str | None,
+    model: str | None,
+    sizes: tuple[int, ...],
+    seeds: int,
+    epochs: int | None,
+    lr: float | None,
+    tune: bool,
+    device: str,
+    quick: bool,
+) -> Plan:
+    from evenly.models import recipe, recipes_for
+
+    if ood is not None:
+        raise ValueError(f"a second data set goes with images and tables; the data are text, and --ood is {ood!r}")
+    if model not in (None, "gpt"):
+        raise ValueError(f"model {model!r} does not read text: use --model gpt")
+    text = load_words(data)
+    names = tuple(norms) if norms is not None else tuple(recipes_for("text"))
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"normalizations are {list(names)}, expected one or more, each once")
+    wrong = [name for name in names if "text" not in recipe(name).kinds]
+    if wrong:
+        raise ValueError(
+            f"{', '.join(wrong)} cannot normalize the tokens of a language model; known are "
+            f"{', '.join(recipes_for('text'))}"
+        )
+    template = TrialSettings(
+        norm=names[0],
+        data=data,
+        batch_size=sizes[0],
+        seed=0,
+        epochs=1 if epochs is None else epochs,
+        lr=default_lr(sizes[0], data) if lr is None else lr,
+        model="gpt",
+        device=device,
+        max_steps=None if epochs is not None else QUICK_TEXT_STEPS if quick else TEXT_STEPS,
+        severities=(),
+        data_hash=data_hash(data),
+        code=_code("gpt", names[0]),
+    )
+    build_language_model(names[0])
+    return Plan(
+        norms=names,
+        batch_sizes=sizes,
+        epochs=dict.fromkeys(sizes, template.epochs),
+        seeds=seeds,
+        tune=tune,
+        metric="bits",
+        resolution=0.0,
+        template=template,
+        lr=lr,
+        data_name="the source of Python's standard library" if text.name == "stdlib" else text.name,
+        data_kind="text",
+        sizes=(len(windows(text.train)[0]), len(windows(text.val)[0])),
     )
 
 
@@ -412,7 +492,8 @@ class _Runner:
                 )
                 if isinstance(engine, LocalEngine):
                     engine.warm_up()
-                evaluation_sets(plan.template, self.store.folder / "cache")  # while the workers start
+                if plan.data_kind != "text":
+                    evaluation_sets(plan.template, self.store.folder / "cache")  # while the workers start
                 watch.started = time.monotonic()
                 for settings in missing:
                     engine.submit(settings)
@@ -467,6 +548,8 @@ class _Runner:
         steps = settings.epochs * (samples // settings.batch_size)
         if settings.max_steps is not None:
             steps = min(steps, settings.max_steps)
+        if self.plan.data_kind == "text":
+            return 10 + steps * (1 + settings.batch_size / 8)
         tested = test
         if settings.purpose == "score":
             tested += (15 * len(settings.severities) + 5) * min(test, settings.test_samples)

@@ -20,6 +20,8 @@ test set.
 
 A normalization that lacks a trial (a failure) is not ranked: its mean would be over other conditions than the
 means of the rest. A trial that diverged counts with the accuracy that it has.
+
+Everything here holds for bits per byte too, of which less is better (:data:`LOWER`).
 """
 
 from __future__ import annotations
@@ -32,11 +34,13 @@ from statistics import fmean, median, stdev
 from evenly.workbench.trial import TrialFailure, TrialResult, TrialSettings
 
 __all__ = [
+    "LOWER",
     "METRICS",
     "Arm",
     "Cell",
     "Difference",
     "difference",
+    "amount",
     "family_means",
     "finding",
     "mpc",
@@ -53,8 +57,12 @@ METRICS = {
     "worst": "accuracy under the worst corruption",
     "domain": "mean accuracy on shifted domains",
     "ood": "accuracy on the second data set",
+    "bits": "bits per byte",
 }
-"""What can be ranked by."""
+"""What can be ranked by; ``"bits"`` is of text, the others of images and tables."""
+
+LOWER = frozenset({"bits"})
+"""Metrics of which less is better; all others are fractions of which more is better."""
 
 CONFIDENCE = 0.95
 
@@ -164,12 +172,13 @@ def difference(a: Mapping[int, float], b: Mapping[int, float], resolution: float
     return Difference(mean, half, n, not abs(mean) > max(half, resolution) + 1e-12)
 
 
-def rank(scores: Mapping[str, Mapping[int, float]], resolution: float = 0.0) -> dict[str, int]:
+def rank(scores: Mapping[str, Mapping[int, float]], resolution: float = 0.0, *, lower: bool = False) -> dict[str, int]:
     """Ranks by the tie rule of the module: 1 plus the number of those that are surely better.
 
     Args:
         scores: score by seed, by name. Higher is better.
         resolution: differences up to this size always tie.
+        lower: lower is better.
 
     Returns:
         Rank by name, best mean first.
@@ -178,14 +187,15 @@ def rank(scores: Mapping[str, Mapping[int, float]], resolution: float = 0.0) -> 
     >>> rank({"a": worse, "b": sure, "c": unsure})
     {'b': 1, 'c': 1, 'a': 3}
     """
-    order = sorted(scores, key=lambda name: -fmean(scores[name].values()))
+    sign = -1 if lower else 1
+    order = sorted(scores, key=lambda name: -sign * fmean(scores[name].values()))
     ranks = {}
     for name in order:
         better = 0
         for other in order:
             if other != name:
                 gap = difference(scores[other], scores[name], resolution)
-                better += gap.mean > 0 and not gap.tie
+                better += sign * gap.mean > 0 and not gap.tie
         ranks[name] = 1 + better
     return ranks
 
@@ -256,7 +266,7 @@ class Arm:
     @property
     def complete(self) -> bool:
         """Whether every planned trial has a result."""
-        return all(len(cell.scores.get("clean", {})) == cell.planned for cell in self.cells)
+        return all(max(map(len, cell.scores.values()), default=0) == cell.planned for cell in self.cells)
 
     @property
     def diverged(self) -> int:
@@ -306,11 +316,12 @@ def summarize(
     for norm, by_batch in grouped.items():
         cells = tuple(_cell(norm, batch, rows, (norm, batch) in at_edge) for batch, rows in by_batch.items())
         arms.append(_arm(norm, cells))
-    ranks = rank({arm.norm: arm.scores[metric] for arm in arms if arm.complete and arm.scores.get(metric)}, resolution)
+    complete = {arm.norm: arm.scores[metric] for arm in arms if arm.complete and arm.scores.get(metric)}
+    ranks = rank(complete, resolution, lower=metric in LOWER)
     ranked = [_with_rank(arm, ranks.get(arm.norm)) for arm in arms]
 
     def order(arm: Arm) -> tuple[float, float]:
-        mean = arm.mean(metric)
+        mean = -arm.mean(metric) if metric in LOWER else arm.mean(metric)
         return math.inf if arm.rank is None else arm.rank, (-mean if math.isfinite(mean) else math.inf)
 
     return sorted(ranked, key=order)
@@ -333,26 +344,33 @@ def finding(arms: Sequence[Arm], metric: str = "mpc", resolution: float = 0.0) -
     seeds = len(ranked[0].scores[metric])
     best = ranked[0]
     if len(ranked) == 1:
-        return f"{best.norm} alone finished its trials: {what} {_percent(best.mean(metric))}{without}."
+        return f"{best.norm} alone finished its trials: {what} {amount(metric, best.mean(metric))}{without}."
     if seeds == 1:
+        second, most = ranked[1], "fewest" if metric in LOWER else "highest"
         return (
-            f"{best.norm} has the highest {what}, {_percent(best.mean(metric))} against "
-            f"{_percent(ranked[1].mean(metric))} for {ranked[1].norm}, but one seed has no spread, so nothing is sure"
+            f"{best.norm} has the {most} {what}, {amount(metric, best.mean(metric))} against "
+            f"{amount(metric, second.mean(metric))} for {second.norm}, but one seed has no spread, so nothing is sure"
             f"{without}."
         )
     top = [arm for arm in ranked if arm.rank == 1]
     rest = [arm for arm in ranked if arm.rank != 1]
     if len(top) == 1:
         gap = difference(best.scores[metric], ranked[1].scores[metric], resolution)
+        if metric in LOWER:
+            size, low, high = (f"{abs(gap.mean) + d:.3f}" for d in (0, -gap.half_width, gap.half_width))
+            lead, unit = f"{size} below", ""
+        else:
+            low, high = (f"{100 * (gap.mean + d):.1f}" for d in (-gap.half_width, gap.half_width))
+            lead, unit = f"{100 * gap.mean:.1f} points above", " points"
         text = (
-            f"{best.norm} is best in {what}: {_percent(best.mean(metric))}, {100 * gap.mean:.1f} points above "
-            f"{ranked[1].norm}, the next (95 % interval {100 * (gap.mean - gap.half_width):.1f} to "
-            f"{100 * (gap.mean + gap.half_width):.1f} points, over {seeds} seeds)"
+            f"{best.norm} is best in {what}: {amount(metric, best.mean(metric))}, {lead} {ranked[1].norm}, the next "
+            f"(95 % interval {low} to {high}{unit}, over {seeds} seeds)"
         )
     else:
-        means = ", ".join(f"{100 * arm.mean(metric):.1f}" for arm in top)
+        means = ", ".join(amount(metric, arm.mean(metric)).removesuffix(" %") for arm in top)
+        means += "" if metric in LOWER else " %"
         text = (
-            f"{_listed([arm.norm for arm in top])} tie for the best {what} ({means} %): their differences are smaller "
+            f"{_listed([arm.norm for arm in top])} tie for the best {what} ({means}): their differences are smaller "
             f"than the spread over {seeds} seeds"
         )
         if rest:
@@ -362,7 +380,7 @@ def finding(arms: Sequence[Arm], metric: str = "mpc", resolution: float = 0.0) -
 
 
 def _clean_clause(ranked: Sequence[Arm], metric: str, resolution: float) -> str:
-    if metric == "clean":
+    if metric == "clean" or any("clean" not in arm.scores for arm in ranked):
         return ""
     ranks = rank({arm.norm: arm.scores["clean"] for arm in ranked}, resolution)
     top = [arm for arm in ranked if ranks[arm.norm] == 1]
@@ -377,8 +395,13 @@ def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
+def amount(metric: str, value: float) -> str:
+    """A score in words: a percentage, or a number of bits.
+
+    >>> amount("clean", 0.5), amount("bits", 2.5)
+    ('50.0 %', '2.500')
+    """
+    return f"{value:.3f}" if metric in LOWER else f"{100 * value:.1f} %"
 
 
 def _cell(
@@ -430,6 +453,8 @@ def _metrics(result: TrialResult) -> dict[str, float]:
         found["domain"] = fmean(result.domains.values())
     if result.ood is not None:
         found["ood"] = result.ood
+    if result.bits is not None:
+        found["bits"] = result.bits
     return found
 
 

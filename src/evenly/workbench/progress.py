@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from evenly.workbench.metrics import METRICS, Arm, mpc
+from evenly.workbench.metrics import LOWER, METRICS, Arm, mpc
 from evenly.workbench.trial import TrialFailure, TrialResult, TrialSettings
 
 __all__ = ["Watch", "notes", "plus_minus", "print_ranking"]
@@ -53,6 +53,7 @@ class Watch:
         self.count = 0
         self.planned = 0
         self.failed = 0
+        self.text = False
         self.cells: dict[tuple[str, int], list[tuple[float, float]]] = {}
         self.marks: dict[tuple[str, int], str] = {}
         self.started = time.monotonic()
@@ -102,6 +103,9 @@ class Watch:
         elif settings.purpose == "score" and outcome.clean is not None:
             robust = mpc(outcome.corruptions) if outcome.corruptions else float("nan")
             self.cells.setdefault(place, []).append((outcome.clean, robust))
+        elif outcome.bits is not None:
+            self.text = True
+            self.cells.setdefault(place, []).append((outcome.bits, float("nan")))
         if not stored:
             self._refresh(settings, outcome)
 
@@ -126,7 +130,8 @@ class Watch:
                 self.say(f"{self.count}/{self.planned}  {_name(settings)}: {_scores(outcome)}  ({self.left()})")
 
     def _view(self) -> Group:
-        table = Table(title="clean accuracy / mPC so far, %", title_justify="left")
+        title = "bits per byte so far" if self.text else "clean accuracy / mPC so far, %"
+        table = Table(title=title, title_justify="left")
         table.add_column("normalization")
         for batch in self.batch_sizes:
             table.add_column(f"batch {batch}", justify="right")
@@ -139,7 +144,8 @@ class Watch:
         if not rows:
             return f"[red]{self.marks[norm, batch]}[/]" if (norm, batch) in self.marks else "[dim]·[/]"
         clean, robust = fmean(row[0] for row in rows), fmean(row[1] for row in rows)
-        return f"{100 * clean:.1f} / {100 * robust:.1f} [dim]({len(rows)})[/]"
+        shown = f"{clean:.3f}" if self.text else f"{100 * clean:.1f} / {100 * robust:.1f}"
+        return f"{shown} [dim]({len(rows)})[/]"
 
 
 def print_ranking(console: Console, arms: Sequence[Arm], metric: str) -> None:
@@ -156,6 +162,7 @@ def print_ranking(console: Console, arms: Sequence[Arm], metric: str) -> None:
     table = Table(box=None if plain else box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0) if plain else (0, 1))
     shown = [metric, *(m for m in METRICS if m != metric and any(m in arm.scores for arm in arms))]
     batches = [cell.batch_size for cell in arms[0].cells] if arms else []
+    first = "bits" if metric in LOWER else "clean"
     wide = console.width >= 110 + 12 * len(batches)
     for title in ("rank", "normalization"):
         table.add_column(title, no_wrap=True, justify="right" if title == "rank" else "left")
@@ -163,37 +170,50 @@ def print_ranking(console: Console, arms: Sequence[Arm], metric: str) -> None:
         table.add_column(_TITLES[name], no_wrap=True, justify="left" if name == "worst" else "right")
     if wide:
         for batch in batches if len(batches) > 1 else ():
-            table.add_column(f"clean, batch {batch}", no_wrap=True, justify="right")
+            table.add_column(f"{first}, batch {batch}", no_wrap=True, justify="right")
         table.add_column("ms a step", no_wrap=True, justify="right")
     for arm in arms:
         cells: list[str] = []
         for name in shown:
-            text = plus_minus(arm.mean(name), arm.spread(name))
+            text = plus_minus(arm.mean(name), arm.spread(name), name)
             cells.append(f"{text} {arm.worst.replace('_', ' ')}" if name == "worst" and arm.worst else text)
         if wide:
             if len(batches) > 1:
-                cells += [plus_minus(cell.mean("clean"), float("nan")) for cell in arm.cells]
+                cells += [plus_minus(cell.mean(first), float("nan"), first) for cell in arm.cells]
             cells.append(" / ".join(f"{1000 * cell.seconds_per_step:.1f}" for cell in arm.cells))
         style = "bold" if arm.rank == 1 and not plain else ""
         table.add_row("–" if arm.rank is None else str(arm.rank), escape(arm.norm), *cells, style=style)
-    console.print(f"Ranked by {METRICS[metric]}; %, ± standard deviation over seeds", highlight=False, style="bold")
+    unit = "" if metric in LOWER else "%, "
+    console.print(f"Ranked by {METRICS[metric]}; {unit}± standard deviation over seeds", highlight=False, style="bold")
     console.print(table)
     for arm in arms:
         if notes(arm):
             console.print(f"{arm.norm}: {notes(arm)}", highlight=False, markup=False, style="dim")
 
 
-_TITLES = {"mpc": "mPC", "clean": "clean", "rpc": "rPC", "worst": "worst corruption", "domain": "domains", "ood": "ood"}
+_TITLES = {
+    "mpc": "mPC",
+    "clean": "clean",
+    "rpc": "rPC",
+    "worst": "worst corruption",
+    "domain": "domains",
+    "ood": "ood",
+    "bits": "bits per byte",
+}
 
 
-def plus_minus(mean: float, spread: float) -> str:
-    """A fraction as percent with its spread.
+def plus_minus(mean: float, spread: float, metric: str = "clean") -> str:
+    """A fraction as percent with its spread; bits as they are.
 
     >>> plus_minus(0.5, 0.01), plus_minus(0.5, float("nan")), plus_minus(float("nan"), 0)
     ('50.0 ± 1.0', '50.0', '–')
+    >>> plus_minus(2.5, 0.01, "bits")
+    '2.500 ± 0.010'
     """
     if mean != mean:
         return "–"
+    if metric in LOWER:
+        return f"{mean:.3f}" if spread != spread else f"{mean:.3f} ± {spread:.3f}"
     return f"{100 * mean:.1f}" if spread != spread else f"{100 * mean:.1f} ± {100 * spread:.1f}"
 
 
@@ -223,7 +243,11 @@ def _name(settings: TrialSettings) -> str:
 
 
 def _scores(result: TrialResult) -> str:
-    if result.clean is None:
+    if result.bits is not None:
+        text = f"{result.bits:.3f} bits per byte"
+    elif "bits" in result.validation:
+        text = f"held out {result.validation['bits']:.3f} bits per byte"
+    elif result.clean is None:
         text = f"held out {100 * result.validation['accuracy']:.1f} %"
     else:
         text = f"clean {100 * result.clean:.1f} %"

@@ -19,7 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from evenly.workbench import charts
-from evenly.workbench.metrics import METRICS, Arm, Cell
+from evenly.workbench.metrics import LOWER, METRICS, Arm, Cell
 from evenly.workbench.progress import notes, plus_minus
 from evenly.workbench.trial import TrialFailure, TrialResult
 
@@ -35,6 +35,7 @@ _TITLES = {
     "worst": ("Worst corruption", "accuracy under the worst corruption"),
     "domain": ("Domains", "mean accuracy on shifted domains"),
     "ood": ("Second data", "accuracy on the second data set"),
+    "bits": ("Bits per byte", "mean cross-entropy on the test text, to base 2; less is better"),
 }
 
 
@@ -68,18 +69,24 @@ def render(comparison: Comparison, plan: Plan, runs: Sequence[dict[str, Any]]) -
     metrics = [m for m in METRICS if any(m in arm.scores for arm in arms)]
     metrics.sort(key=lambda m: m != comparison.metric)
     newest = runs[-1]
+    text = plan.data_kind == "text"
     return environment.get_template("report.html.j2").render(
         comparison=comparison,
         plan=plan,
         settings=plan.template,
         epochs=_epochs(plan),
+        steps=plan.template.max_steps,
         date=datetime.fromtimestamp(newest["started"]).strftime("%d %B %Y, %H:%M"),
         columns=[(m, *_TITLES[m]) for m in metrics],
         rows=[_row(arm, metrics, recipe(arm.norm).description) for arm in arms],
         dumbbell=_dumbbell(arms),
         heat=_heat(arms, plan),
-        slopes=_slopes(arms, plan.batch_sizes),
-        curves=_curves(arms),
+        slopes=[] if text else _slopes(arms, plan.batch_sizes),
+        curves=[] if text else _curves(arms),
+        text=text,
+        lower=LOWER,
+        rates=_rates(comparison) if text else [],
+        progress=_progress(arms, plan.batch_sizes) if text else [],
         legend=[(f"batch {size}", f"s{i % 6}") for i, size in enumerate(plan.batch_sizes)],
         times=_bars(arms, plan.batch_sizes, "ms", 1, lambda cell: 1000 * cell.seconds_per_step),
         memory=_bars(arms, plan.batch_sizes, *_memory_unit(arms)),
@@ -109,8 +116,9 @@ def _epochs(plan: Plan) -> str:
 
 def _row(arm: Arm, metrics: Sequence[str], description: str) -> dict[str, Any]:
     cells = [
-        {"value": _number(arm.mean(m)), "text": plus_minus(arm.mean(m), arm.spread(m)), "metric": m} for m in metrics
+        {"value": _number(arm.mean(m)), "text": plus_minus(arm.mean(m), arm.spread(m), m), "metric": m} for m in metrics
     ]
+    first = "bits" if any(m in LOWER for m in metrics) else "clean"
     return {
         "rank": arm.rank,
         "norm": arm.norm,
@@ -118,7 +126,7 @@ def _row(arm: Arm, metrics: Sequence[str], description: str) -> dict[str, Any]:
         "cells": cells,
         "worst": (arm.worst or "").replace("_", " "),
         "by_batch": [
-            {"value": _number(cell.mean("clean")), "text": plus_minus(cell.mean("clean"), math.nan)}
+            {"value": _number(cell.mean(first)), "text": plus_minus(cell.mean(first), math.nan, first)}
             for cell in arm.cells
         ],
         "notes": notes(arm, rates=False),
@@ -228,6 +236,42 @@ def _curves(arms: Sequence[Arm]) -> list[tuple[str, Markup]]:
     return panels
 
 
+def _rates(comparison: Comparison) -> list[tuple[str, Markup]]:
+    # Bits per byte at every learning rate of the search, one picture a batch size.
+    found: dict[int, dict[str, dict[float, float]]] = {}
+    for settings, outcome in comparison.trials:
+        if settings.purpose == "tune" and isinstance(outcome, TrialResult):
+            row = found.setdefault(settings.batch_size, {}).setdefault(settings.norm, {})
+            row[settings.lr] = outcome.validation["bits"]
+    order = [arm.norm for arm in comparison.arms]
+    panels = []
+    for size, by_norm in found.items():
+        series = [
+            charts.Series(norm, f"s{place % 6}", sorted(by_norm[norm].items()))
+            for place, norm in enumerate(order)
+            if norm in by_norm
+        ]
+        panels.append((f"batch {size}", Markup(charts.lines("bits per byte", series, "learning rate", log_x=True))))
+    return panels
+
+
+def _progress(arms: Sequence[Arm], sizes: Sequence[int]) -> list[tuple[str, Markup]]:
+    # Training bits per byte against steps, one picture a batch size.
+    panels = []
+    for size in sizes:
+        series = []
+        for place, arm in enumerate(arms):
+            for cell in arm.cells:
+                curves = [[(step, loss / math.log(2)) for step, loss in c] for c in cell.curves.values() if c]
+                if cell.batch_size == size and curves:
+                    length = min(map(len, curves))
+                    mean = [(curves[0][i][0], fmean(curve[i][1] for curve in curves)) for i in range(length)]
+                    series.append(charts.Series(arm.norm, f"s{place % 6}", mean, curves if len(curves) > 1 else ()))
+        if series:
+            panels.append((f"batch {size}", Markup(charts.lines("training bits per byte", series, "steps", high=8.0))))
+    return panels
+
+
 def _share(curve: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
     last = curve[-1][0]
     return [(step / last, loss) for step, loss in curve]
@@ -257,7 +301,9 @@ def _search(comparison: Comparison, plan: Plan) -> list[dict[str, Any]]:
         if isinstance(outcome, TrialFailure):
             entry["text"] = "failed"
         elif isinstance(outcome, TrialResult):
-            entry["text"] = "diverged" if outcome.diverged else f"{100 * outcome.validation['accuracy']:.1f}"
+            held = outcome.validation
+            score = f"{held['bits']:.3f}" if "bits" in held else f"{100 * held['accuracy']:.1f}"
+            entry["text"] = "diverged" if outcome.diverged else score
         table.setdefault(place, []).append(entry)
     order = {arm.norm: index for index, arm in enumerate(comparison.arms)}
     rows = sorted(table.items(), key=lambda item: (order[item[0][0]], plan.batch_sizes.index(item[0][1])))

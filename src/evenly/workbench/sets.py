@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evenly.workbench.language import is_text, load_words
+
 if TYPE_CHECKING:
     from evenly.data import Dataset
     from evenly.workbench.trial import TrialSettings
@@ -71,6 +73,10 @@ def data_hash(spec: str, ood: str | None = None) -> str:
     """
     digest = hashlib.sha256()
     for each in [spec] if ood is None else [spec, ood]:
+        if is_text(each):
+            text = load_words(each)
+            digest.update(text.train.numpy().tobytes() + text.val.numpy().tobytes())
+            continue
         data = load_data(each)
         for array in (data.train_x, data.train_y, data.test_x, data.test_y):
             digest.update(array.contiguous().numpy().tobytes())

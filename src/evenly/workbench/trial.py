@@ -13,6 +13,9 @@ Divergence is a result and no error: if the loss is not finite, or its running m
 guessing, log(number of classes), training stops and the trial is marked as diverged. It is tested as it is; a
 prediction that is not finite counts as wrong.
 
+On text (``data="text"``) the network is a language model and the score bits per byte; see
+:mod:`evenly.workbench.language`.
+
 Protocol of the corruptions and domains: Dalva et al. 2021, arXiv:2109.01123.
 """
 
@@ -36,6 +39,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from evenly.workbench.language import (
+    TEST_WINDOWS,
+    bits_per_byte,
+    build_language_model,
+    is_text,
+    language_optimizer,
+    load_words,
+    windows,
+)
 from evenly.workbench.sets import EvaluationSets, evaluation_sets, load_data
 
 __all__ = ["TrialFailure", "TrialResult", "TrialSettings", "build_model", "code_version", "run_trial"]
@@ -56,12 +68,12 @@ class TrialSettings:
 
     Args:
         norm: a name in :data:`evenly.models.RECIPES`, or ``"module:attribute"``.
-        data: the data to train on, as in :func:`evenly.data.load`.
+        data: the data to train on, as in :func:`evenly.data.load`, or ``"text"`` or ``"text:FILE"``.
         batch_size: samples a step.
         seed: seeds the initial weights and the order of the samples. The split of the data is the same for all.
         epochs: passes over the training set.
         lr: the highest learning rate.
-        model: ``"resnet"``, ``"mlp"`` or ``"module:factory"``; see :func:`build_model`.
+        model: ``"resnet"``, ``"mlp"`` or ``"module:factory"``; see :func:`build_model`. For text: ``"gpt"``.
         ood: a second data set with the same classes, tested on and never trained on; ``None`` for none.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...
         purpose: ``"score"``: train on the whole training set, test on everything. ``"tune"``: hold out a fifth
@@ -135,11 +147,13 @@ class TrialResult:
         diverged: the loss became infinite, not a number, or exploded; see the module.
         steps: training steps taken.
         curve: (step, mean training loss since the point before), at most 40 points.
-        validation: ``{"accuracy", "loss"}`` on the held-out fifth (purpose ``"tune"``), else empty.
+        validation: ``{"accuracy", "loss"}`` on the held-out fifth (purpose ``"tune"``), else empty. For text:
+            ``{"bits", "loss"}``.
         clean: accuracy on the test set (purpose ``"score"``), else ``None``.
         corruptions: accuracy by corruption, one for each severity in the order of the settings.
         domains: accuracy by shifted domain.
         ood: accuracy on the second data set, if there is one.
+        bits: for text, bits per byte on the test text (purpose ``"score"``).
         parameters: number of trainable parameters.
         seconds_per_step: median time of a training step.
         memory_bytes: see ``memory_kind``.
@@ -157,6 +171,7 @@ class TrialResult:
     corruptions: dict[str, tuple[float, ...]] = field(default_factory=dict)
     domains: dict[str, float] = field(default_factory=dict)
     ood: float | None = None
+    bits: float | None = None
     parameters: int = 0
     seconds_per_step: float = 0.0
     memory_bytes: int = 0
@@ -221,6 +236,8 @@ def run_trial(settings: TrialSettings, cache: str | Path | None = None) -> Trial
     >>> run_trial(settings).steps
     2
     """
+    if is_text(settings.data):
+        return _run_on_text(settings)
     started = time.perf_counter()
     data = load_data(settings.data)
     with _reproducible(settings.seed):
@@ -239,15 +256,61 @@ def run_trial(settings: TrialSettings, cache: str | Path | None = None) -> Trial
         def prepare(x: Tensor) -> Tensor:
             return data.normalize(x).to(device)
 
-        training = _train(model, prepare(inputs), labels.to(device), settings, data.num_classes)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=WEIGHT_DECAY, fused=True)
+
+        def loss(x: Tensor, y: Tensor) -> Tensor:
+            return functional.cross_entropy(model(x), y)
+
+        training = _train(model, prepare(inputs), labels.to(device), settings, data.num_classes, loss, optimizer)
         model.eval()
         if held_out is not None:
-            accuracy, loss = _evaluate(model, held_out[0], held_out[1], prepare)
-            return TrialResult(
-                **training, validation={"accuracy": accuracy, "loss": loss}, seconds=time.perf_counter() - started
-            )
+            accuracy, held_loss = _evaluate(model, held_out[0], held_out[1], prepare)
+            validation = {"accuracy": accuracy, "loss": held_loss}
+            return TrialResult(**training, validation=validation, seconds=time.perf_counter() - started)
         sets = evaluation_sets(settings, cache)
         return TrialResult(**training, **_test(model, sets, settings, prepare), seconds=time.perf_counter() - started)
+
+
+def _run_on_text(settings: TrialSettings) -> TrialResult:
+    started = time.perf_counter()
+    text = load_words(settings.data)
+    if settings.model != "gpt":
+        raise ValueError(f"model {settings.model!r} does not read text: use --model gpt")
+    with _reproducible(settings.seed):
+        model = build_language_model(settings.norm)
+        device = torch.device(settings.device)
+        model.to(device)
+        inputs, labels = windows(text.train)
+        if settings.purpose == "tune":
+            cut = len(inputs) - max(1, round(len(inputs) * VALIDATION))
+            inputs, held_x, labels, held_y = inputs[:cut], inputs[cut:], labels[:cut], labels[cut:]
+        else:
+            held_x, held_y = windows(text.val)
+        optimizer, warms_up = language_optimizer(model, settings.lr)
+
+        def loss(x: Tensor, y: Tensor) -> Tensor:
+            value = model(x, y)[1]
+            assert value is not None
+            return value
+
+        training = _train(
+            model,
+            inputs.to(device),
+            labels.to(device),
+            settings,
+            text.vocabulary,
+            loss,
+            optimizer,
+            warmup=WARMUP if warms_up else 0.0,
+            clip=1.0,
+        )
+        model.eval()
+        bits = bits_per_byte(model, held_x[:TEST_WINDOWS].to(device), held_y[:TEST_WINDOWS].to(device))
+        seconds = time.perf_counter() - started
+        if settings.purpose == "tune":
+            return TrialResult(**training, validation={"bits": bits, "loss": bits * math.log(2)}, seconds=seconds)
+        return TrialResult(**training, bits=bits, seconds=seconds)
 
 
 def build_model(model: str, kind: str, shape: tuple[int, ...], num_classes: int, norm: str) -> nn.Module:
@@ -304,7 +367,7 @@ def code_version(*extra: str) -> str:
     package = Path(evenly.__file__).parent
     here = ("core", "nn", "weights", "models", "data")
     files = [path for part in here for path in sorted((package / part).rglob("*.*")) if path.suffix in (".py", ".cpp")]
-    files += [package / "workbench" / "trial.py", package / "workbench" / "sets.py"]
+    files += [package / "workbench" / name for name in ("trial.py", "sets.py", "language.py")]
     for path in files:
         digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
     for path_to in extra:
@@ -317,7 +380,9 @@ def code_version(*extra: str) -> str:
 def _factory(model: str) -> Callable[..., Any]:
     module, _, attribute = model.partition(":")
     if not attribute:
-        raise ValueError(f"unknown model {model!r}: known are resnet and mlp; or give your own as 'module:factory'")
+        raise ValueError(
+            f"unknown model {model!r}: known are resnet, mlp and, for text, gpt; or give your own as 'module:factory'"
+        )
     try:
         factory = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
@@ -349,7 +414,16 @@ def _reproducible(seed: int) -> Iterator[None]:
 
 
 def _train(
-    model: nn.Module, inputs: Tensor, labels: Tensor, settings: TrialSettings, num_classes: int
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    settings: TrialSettings,
+    num_classes: int,
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    optimizer: torch.optim.Optimizer,
+    *,
+    warmup: float = WARMUP,
+    clip: float | None = None,
 ) -> dict[str, Any]:
     batch = settings.batch_size
     per_epoch = len(inputs) // batch
@@ -358,10 +432,9 @@ def _train(
     total = per_epoch * settings.epochs
     if settings.max_steps is not None:
         total = min(total, settings.max_steps)
-    warmup = max(1, round(total * WARMUP))
+    rising = max(1, round(total * warmup)) if warmup else 0
     on_cuda = inputs.device.type == "cuda"
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=WEIGHT_DECAY, fused=True)
     order = torch.Generator().manual_seed(settings.seed)
     limit = EXPLODED * math.log(max(num_classes, 2))
     curve = _Curve(total)
@@ -379,17 +452,20 @@ def _train(
             if step == total:
                 break
             began = time.perf_counter()
-            optimizer.param_groups[0]["lr"] = settings.lr * _schedule(step, total, warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = settings.lr * _schedule(step, total, rising)
             chosen = permutation[first : first + batch]
             if step == 0 and not on_cuda:
                 saved = _SavedBytes(parameters)
                 with saved:
-                    loss = functional.cross_entropy(model(inputs[chosen]), labels[chosen])
+                    loss = loss_of(inputs[chosen], labels[chosen])
                 memory = saved.bytes
             else:
-                loss = functional.cross_entropy(model(inputs[chosen]), labels[chosen])
+                loss = loss_of(inputs[chosen], labels[chosen])
             optimizer.zero_grad()
             loss.backward()
+            if clip is not None:
+                nn.utils.clip_grad_norm_(parameters, clip)
             optimizer.step()
             value = loss.item()
             times.append(time.perf_counter() - began)
