@@ -108,7 +108,13 @@ def judge(results: Results) -> Judgement:
     if gap > 0.02:
         why = "A model of 0.2 million hidden weights and small batches leaves Adam ahead."
     else:
-        why = "SinkGD keeps up with Adam; a simpler rule does as well on a model this small."
+        simpler = min(("SGD", "rows", "sign"), key=lambda rule: mean[rule])
+        why = (
+            f"SinkGD(5) keeps up with Adam without state, but at the rates that the short tuning chose "
+            f"({_tuned(results, 'SinkGD(5)'):g} for it, {_tuned(results, simpler):g} for {simpler!r}) the simpler rule "
+            f"ends {-others[simpler]:.3f} bits per byte lower, and SinkGD(1) at "
+            f"{_tuned(results, 'SinkGD(1)'):g} {mean['SinkGD(5)'] - mean['SinkGD(1)']:.3f} lower."
+        )
     return Judgement(
         metrics=[
             Metric("validation bits per byte after the last step", sides[0], adam, sides[1], sink),
