@@ -77,7 +77,12 @@ def test_accuracies_are_those_of_the_model() -> None:
         model = build_model("mlp", "tabular", (30,), 2, "batch")
     from evenly.workbench import trial
 
-    trial._train(model, data.normalize(data.train_x), data.train_y, settings, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=trial.WEIGHT_DECAY, fused=True)
+
+    def loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(model(x), y)
+
+    trial._train(model, data.normalize(data.train_x), data.train_y, settings, 2, loss, optimizer)
     model.eval()
     for index, (name, severity) in enumerate(sets.shifts):
         with torch.no_grad():
@@ -157,7 +162,7 @@ def test_bad_settings(change: dict[str, object], said: str) -> None:
     ("model", "said"),
     [
         ("resnet", "needs images"),
-        ("vgg", "unknown model 'vgg': known are resnet and mlp"),
+        ("vgg", "unknown model 'vgg': known are resnet, mlp and, for text, gpt"),
         ("no_such_module:make", "cannot be imported"),
         ("workbench.factories:nothing", "cannot be imported"),
         ("workbench.factories:no_norm", "takes no norm="),
