@@ -446,6 +446,20 @@ def test_the_short_way_is_the_long_way():
         evenly.normalize(x, "n c l -> c", weight=w, activation="relu", residual=torch.randn(5, 6, 1))
 
 
+def test_the_short_way_is_for_tensors_with_memory_only():
+    """A remembered call on a meta tensor, a fake tensor or under a transform takes the long way."""
+    x, w = torch.randn(5, 6, 7), torch.randn(6)
+    for _ in range(2):
+        evenly.normalize(x, "n c l -> c", weight=w)
+    y = evenly.normalize(x.to("meta"), "n c l -> c", weight=w.to("meta"))
+    assert y.device.type == "meta"
+    with torch._subclasses.FakeTensorMode() as mode:
+        y = evenly.normalize(mode.from_tensor(x), "n c l -> c", weight=mode.from_tensor(w))
+    assert y.shape == x.shape
+    got = torch.vmap(lambda t: evenly.normalize(t, "n c l -> c", weight=w))(x.expand(3, 5, 6, 7))
+    torch.testing.assert_close(got[1], evenly.normalize(x, "n c l -> c", weight=w), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("last", [False, True])
 def test_batch_norm_layer_as_pytorch(dtype, last):
