@@ -93,7 +93,7 @@ def test_a_trial_learns_and_repeats(book: str, norm: str) -> None:
 
 def test_the_search_holds_out_the_last_fifth(book: str) -> None:
     trials = grid(settings(book, lr=0.03))
-    assert [trial.lr for trial in trials] == [0.01, 0.03, 0.1, 0.3]
+    assert [trial.lr for trial in trials] == [0.01, 0.03, 0.1, 0.3, 1.0]
     assert {trial.max_steps for trial in trials} == {6}
     results = {trial.lr: run_trial(trial) for trial in trials[:2]}
     for result in results.values():
@@ -144,7 +144,7 @@ def test_comparison(compared: tuple[Comparison, str]) -> None:
     comparison, printed = compared
     assert comparison.metric == "bits"
     assert {arm.norm for arm in comparison.arms} == {"layer", "ngpt"}
-    assert len(comparison.trials) == 2 * (4 + 2)
+    assert len(comparison.trials) == 2 * (5 + 2)
     assert not comparison.failed
     assert all(set(arm.scores) == {"bits"} and arm.rank is not None for arm in comparison.arms)
     assert "Ranked by bits per byte; ± standard deviation over seeds" in printed
@@ -160,7 +160,7 @@ def test_report(compared: tuple[Comparison, str]) -> None:
         assert absent not in html
     best = compared[0].arms[0]
     assert f"{best.mean('bits'):.3f}" in html
-    assert html.count('class="dot s0"') == 4  # one point a learning rate
+    assert html.count('class="dot s0"') == 5  # one point a learning rate
 
 
 @pytest.mark.parametrize(

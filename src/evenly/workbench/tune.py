@@ -25,8 +25,8 @@ __all__ = ["GRID", "TEXT_GRID", "TUNE_SEED", "TUNE_STEPS", "choose", "default_lr
 GRID = (1 / 3, 1.0, 3.0)
 """What the default rate is multiplied by."""
 
-TEXT_GRID = (1 / 3, 1.0, 10 / 3, 10.0)
-"""The same for text."""
+TEXT_GRID = (1 / 3, 1.0, 10 / 3, 10.0, 100 / 3)
+"""The same for text: networks with normalized weights like rates that others do not stand."""
 
 TUNE_STEPS = 240
 """A trial of the search takes at most so many steps: all epochs at batch size 64 on digits, most of one at 4."""
