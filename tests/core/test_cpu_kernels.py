@@ -460,6 +460,14 @@ def test_the_short_way_is_for_tensors_with_memory_only():
     torch.testing.assert_close(got[1], evenly.normalize(x, "n c l -> c", weight=w), rtol=1e-5, atol=1e-5)
 
 
+def test_lazy_negation():
+    """A view with the negative bit is stored with the other sign."""
+    x = torch._neg_view(torch.randn(4, 5))
+    assert x.is_neg()
+    for _ in range(2):
+        torch.testing.assert_close(evenly.normalize(x, "n d -> d"), evenly.normalize(x.clone(), "n d -> d"))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("last", [False, True])
 def test_batch_norm_layer_as_pytorch(dtype, last):

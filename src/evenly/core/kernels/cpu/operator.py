@@ -114,6 +114,7 @@ class Entry:
 
     def like(self, t: Tensor, x: Tensor) -> Tensor:
         """A tensor in the memory layout of ``x``."""
+        t = t.resolve_neg()
         if (self.contiguous and t.is_contiguous()) or t.stride() == x.stride():
             return t
         return torch.empty_like(x, dtype=t.dtype).copy_(t)
@@ -229,7 +230,7 @@ class Entry:
 
 def _static(x: Tensor, call: Call) -> bool:
     """What can be said without looking at memory; also asked while compiling."""
-    if x.device.type != "cpu" or x.dtype not in _DTYPES:
+    if x.device.type != "cpu" or x.dtype not in _DTYPES or x.layout != torch.strided:
         return False
     if call.scale not in _SCALES or call.mask is not None or call.groups is not None:
         return False
@@ -248,7 +249,12 @@ def _static(x: Tensor, call: Call) -> bool:
         if parameter is None:
             continue
         assert first is not None
-        if parameter.dtype not in _DTYPES or parameter.dtype != first.dtype or parameter.device.type != "cpu":
+        if (
+            parameter.is_neg()
+            or parameter.dtype not in _DTYPES
+            or parameter.dtype != first.dtype
+            or parameter.device.type != "cpu"
+        ):
             return False
         if parameter.shape != first.shape or (parameter.dtype == torch.float64) > (x.dtype == torch.float64):
             return False
@@ -314,6 +320,7 @@ def _build(
 
 def _dense(x: Tensor) -> Tensor:
     """``x``, copied once if its memory has gaps."""
+    x = x.resolve_neg()
     return x if dense_order(x) is not None else x.contiguous()
 
 
@@ -422,7 +429,7 @@ def quick(
         given: mean and variance to use, if the key says so.
         running: running mean, running variance and momentum; moved towards what is measured.
     """
-    if type(x) not in _PLAIN or not x.is_cpu:
+    if type(x) not in _PLAIN or not x.is_cpu or x.is_neg():
         return None
     try:
         entry = _quick.get(key if x.is_contiguous() else (key, x.stride()))
@@ -468,6 +475,7 @@ def _is_parameter(parameter: Tensor, entry: Entry) -> bool:
         and parameter.dtype == entry.weight_dtype
         and parameter.is_contiguous()
         and parameter.is_cpu
+        and not parameter.is_neg()
         and type(parameter) in _PLAIN
     )
 
