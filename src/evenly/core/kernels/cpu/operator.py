@@ -250,7 +250,8 @@ def _static(x: Tensor, call: Call) -> bool:
             continue
         assert first is not None
         if (
-            parameter.is_neg()
+            # the compiler cannot trace the question; what it passes on has no negative bit
+            (not torch.compiler.is_compiling() and parameter.is_neg())
             or parameter.dtype not in _DTYPES
             or parameter.dtype != first.dtype
             or parameter.device.type != "cpu"
