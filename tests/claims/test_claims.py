@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -16,6 +17,11 @@ from evenly.claims import layer_normalization as ln
 from evenly.cli import app
 
 ALL = claims.available()
+
+
+def test_every_file_of_a_claim_is_named_for_a_method():
+    public = {path.stem for path in Path(claims.__file__).parent.glob("[a-z]*.py")} - {"conftest"}
+    assert {name.replace("_", "-") for name in public} == set(ALL)
 
 
 @pytest.mark.parametrize("id", ALL)

@@ -51,9 +51,14 @@ __all__ = [
 
 
 def available() -> list[str]:
-    """Return the ids of all claims, sorted. Reads file names only; imports none of them."""
-    names = (info.name for info in pkgutil.iter_modules(__path__))
-    return sorted(name.replace("_", "-") for name in names if not name.startswith("_"))
+    """Return the ids of all claims, sorted. Reads file names only; imports none of them.
+
+    A file whose name is not the id of a method of the register holds no claim.
+    """
+    from evenly import catalog
+
+    methods = {method.id for method in catalog.methods()}
+    return sorted(methods & {info.name.replace("_", "-") for info in pkgutil.iter_modules(__path__)})
 
 
 def get(id: str) -> Claim:
