@@ -235,7 +235,12 @@ struct Parameters {
 
   template <class S>
   void copy(const S* from, int64_t n, int64_t times) {
-    for (int64_t i = 0; i < n; ++i) {
+    int64_t i = 0;
+    if constexpr (sizeof(A) == 4 && sizeof(S) <= 4) {
+      if (times == 1)
+        for (; i + WF <= n; i += WF) raw_store(own.data + i, Tr<S>::load(from + i));
+    }
+    for (; i < n; ++i) {
       const A v = static_cast<A>(to_double(from[i]));
       for (int64_t j = 0; j < times; ++j) own.data[i * times + j] = v;
     }
@@ -588,7 +593,14 @@ inline int kind_of(const Problem& p) {
 // Gradients of parameters first ... first + many, in their own dtype, from sums in double.
 template <class S>
 void convert(S* to, int64_t many, const double* from) {
-  for (int64_t i = 0; i < many; ++i) to[i] = from_double<S>(from[i]);
+  int64_t i = 0;
+  if constexpr (sizeof(S) == 2)
+    for (; i + WF <= many; i += WF) {
+      const vfh half[2] = {__builtin_convertvector(raw_load<vd>(from + i), vfh),
+                           __builtin_convertvector(raw_load<vd>(from + i + WD), vfh)};
+      Tr<S>::store(to + i, raw_load<vf>(half));
+    }
+  for (; i < many; ++i) to[i] = from_double<S>(from[i]);
 }
 inline void store_parameters(void* to, int dtype, int64_t first, int64_t many, const double* from) {
   if (!to) return;

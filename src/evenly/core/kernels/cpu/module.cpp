@@ -84,6 +84,8 @@ struct Layout {
     p.eps = eps, p.correction = correction;
   }
 
+  size_t stats_bytes() const { return static_cast<size_t>(3 * p.K0 * p.K1) * (p.dtype == F64 ? 8 : 4); }
+
   int forward(uintptr_t x, uintptr_t y, uintptr_t stats, uintptr_t weight, uintptr_t bias, uintptr_t residual,
               uintptr_t bits, uintptr_t mean_in, uintptr_t var_in, uintptr_t mean_out, uintptr_t var_out,
               uintptr_t running_mean, uintptr_t running_var, double momentum) const {
@@ -95,8 +97,7 @@ struct Layout {
     q.mean_in = at<void>(mean_in), q.var_in = at<void>(var_in);
     Scratch scratch;
     if (!stats) {
-      const size_t many = static_cast<size_t>(3 * p.K0 * p.K1);
-      q.stats = scratch.take(many * (p.dtype == F64 ? 8 : 4));
+      q.stats = scratch.take(stats_bytes());
       if (!q.stats) return NO_MEMORY;
     }
     q.mean_out = at<void>(mean_out), q.var_out = at<void>(var_out);
@@ -112,6 +113,14 @@ struct Layout {
                uintptr_t dmean, uintptr_t dvar) const {
     Problem q = p;
     q.dy = at<void>(dy), q.x = at<void>(x), q.stats = at<void>(stats);
+    Scratch scratch;
+    if (!stats) {  // they were not kept: measure again
+      q.stats = scratch.take(stats_bytes());
+      if (!q.stats) return NO_MEMORY;
+      Problem m = p;
+      m.x = q.x, m.stats = q.stats, m.relu_bits = 0;
+      if (const int status = chosen.kernels->forward(m)) return status;
+    }
     q.weight = at<void>(weight), q.bias = at<void>(bias), q.residual = at<void>(residual);
     q.bits = at<uint8_t>(bits);
     q.dx = at<void>(dx), q.dweight = at<void>(dweight), q.dbias = at<void>(dbias);

@@ -13,6 +13,7 @@ Under ``torch.func`` transforms, forward-mode derivatives, tracing and dispatch 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ _ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3}
 _SCALES = {None: 0, "std": 1, "rms": 2, "l2": 3}
 _PLAIN = (Tensor, torch.nn.Parameter)
 MEASURED: tuple[Tensor | None, Tensor | None] = (None, None)
+
+_SMALL = 1 << 15
 
 _NO_MEMORY = "The CPU kernels could not allocate their working memory."
 
@@ -52,6 +55,7 @@ class Entry:
         "activation",
         "block",
         "contiguous",
+        "keeps",
         "layout",
         "natural",
         "options",
@@ -107,6 +111,8 @@ class Entry:
             float(options["eps"]),
             float(options["correction"]),
         )
+        # A small input is in the cache: to measure it again costs less than a tensor of statistics.
+        self.keeps = given or signs or math.prod(plan.shape) > _SMALL
         bits = self.layout.bits_bytes
         self.signs = bits if signs else 0
         self.shape = plan.shape
@@ -176,13 +182,13 @@ class Entry:
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        stats: Tensor,
+        stats: Tensor | None,
         bits: Tensor | None,
         needs: tuple[bool, ...],
         dmean: Tensor | None = None,
         dvar: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of x, weight, bias and residual, those that are needed."""
+        """Gradients of x, weight, bias and residual, those that are needed; without ``stats`` they are measured."""
         dx = torch.empty_like(x) if needs[0] else None
         dweight = torch.empty_like(weight) if weight is not None and needs[1] else None
         dbias = torch.empty_like(bias) if bias is not None and needs[2] else None
@@ -193,7 +199,7 @@ class Entry:
         status = self.layout.backward(
             dy.data_ptr(),
             x.data_ptr(),
-            stats.data_ptr(),
+            0 if stats is None else stats.data_ptr(),
             0 if weight is None else weight.data_ptr(),
             0 if bias is None else bias.data_ptr(),
             0 if residual is None else residual.data_ptr(),
@@ -443,7 +449,16 @@ def quick(
         return None
     if not (weight is None or _is_parameter(weight, entry)) or not (bias is None or _is_parameter(bias, entry)):
         return None
-    if residual is not None and (
+    if residual is None:
+        if given is MEASURED and running is None:
+            if _grad_enabled() and (
+                x.requires_grad
+                or (weight is not None and weight.requires_grad)
+                or (bias is not None and bias.requires_grad)
+            ):
+                return _function(x, weight, bias, None, entry.spec)
+            return entry.forward(x, weight, bias, None)
+    elif (
         residual.shape != entry.shape
         or residual.dtype != x.dtype
         or not residual.is_cpu
@@ -453,7 +468,8 @@ def quick(
     if given is not MEASURED:
         if not (_is_statistic(given[0], entry) and _is_statistic(given[1], entry)):
             return None
-        given = (given[0].to(entry.stats_dtype), given[1].to(entry.stats_dtype))  # type: ignore[union-attr]
+        if given[0].dtype != entry.stats_dtype or given[1].dtype != entry.stats_dtype:  # type: ignore[union-attr]
+            given = (given[0].to(entry.stats_dtype), given[1].to(entry.stats_dtype))  # type: ignore[union-attr]
     if running is None:
         return _apply(entry, x, weight, bias, residual, given, False, None)[0]
     mean, var, momentum = running
@@ -505,18 +521,18 @@ class _Normalize(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, spec: Any
     ) -> Any:
         entry, given, want_stats, running = ctx.spec = spec
-        stats = torch.empty_like(entry.stats_like)
+        stats = torch.empty_like(entry.stats_like) if entry.keeps else None
+        if residual is None and not want_stats:
+            # the usual call
+            ctx.save_for_backward(x, weight, bias, stats)
+            return entry.forward(x, weight, bias, None, stats, None, given, None, running)
         bits = torch.empty(entry.signs, dtype=torch.uint8) if entry.signs else None
         moments = entry.empty_moments() if want_stats else None
         laid = None if residual is None else entry.like(residual, x)
         y = entry.forward(x, weight, bias, laid, stats, bits, given, moments, running)
-        if entry.activation is None:
-            ctx.has_residual = residual is not None
-            ctx.save_for_backward(x, weight, bias, stats)
-        else:
-            # Recomputing what the activation saw takes the residual; its sign alone is kept as bits.
-            ctx.has_residual = residual is not None
-            ctx.save_for_backward(x, weight, bias, stats, residual if bits is None else None, bits)
+        # Recomputing what the activation saw takes the residual; its sign alone is kept as bits.
+        keep = residual if entry.activation is not None and bits is None else None
+        ctx.save_for_backward(x, weight, bias, stats, keep, bits)
         if moments is None:
             return y
         ctx.set_materialize_grads(False)
@@ -525,10 +541,10 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dmean: Tensor | None = None, dvar: Tensor | None = None) -> Any:
         saved = ctx.saved_tensors
-        x, weight, bias, stats = saved[:4]
-        residual, bits = saved[4:] if len(saved) > 4 else (None, None)
         needs = ctx.needs_input_grad
         entry: Entry = ctx.spec[0]
+        x, weight, bias, stats = saved[:4]
+        residual, bits = saved[4:] if len(saved) > 4 else (None, None)
         if _grad_enabled() or not _ordinary():
             return (*_differentiable(ctx, (x, weight, bias, residual), bits, needs, dy, dmean, dvar), None)
         if dy is None:
@@ -571,7 +587,7 @@ def _differentiable(
         # y = relu(v + residual): its derivative is the sign, which is constant
         dy = None if dy is None else torch.where(entry.positive(bits, x), dy, dy.new_zeros(()))
         options["activation"] = None
-    if ctx.has_residual and residual is None:
+    if needs[3] and residual is None:
         through = dy
     mean, var = given
     plan = entry.plan

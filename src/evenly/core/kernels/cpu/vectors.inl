@@ -187,6 +187,60 @@ EVENLY_INLINE void store_part(T* p, typename Tr<T>::V v, int n) {
   for (int i = 0; i < n; ++i) p[i] = buffer[i];
 }
 
+// Halves, a few at once: through registers, since memory that was written in pieces is slow to read as a whole.
+EVENLY_INLINE uint64_t few_halves(const uint16_t* p, int n) {
+  uint32_t two = 0;
+  uint16_t one = 0;
+  if (n & 2) __builtin_memcpy(&two, p, 4);
+  if (n & 1) __builtin_memcpy(&one, p + (n & 2), 2);
+  return n & 2 ? two | static_cast<uint64_t>(one) << 32 : one;
+}
+EVENLY_INLINE void few_halves_to(uint16_t* p, uint64_t v, int n) {
+  if (n & 2) {
+    const uint32_t two = static_cast<uint32_t>(v);
+    __builtin_memcpy(p, &two, 4);
+    v >>= 32;
+  }
+  if (n & 1) {
+    const uint16_t one = static_cast<uint16_t>(v);
+    __builtin_memcpy(p + (n & 2), &one, 2);
+  }
+}
+EVENLY_INLINE vh load_halves(const uint16_t* p, int n) {
+  uint64_t part[EVENLY_VB / 16] = {};
+  int done = 0, at = 0;
+  for (; done + 4 <= n; done += 4, ++at) __builtin_memcpy(&part[at], p + done, 8);
+  if (done < n) part[at] = few_halves(p + done, n - done);
+#if EVENLY_VB == 32
+  return as<vh>(_mm_set_epi64x(static_cast<long long>(part[1]), static_cast<long long>(part[0])));
+#else
+  return raw_load<vh>(part);
+#endif
+}
+EVENLY_INLINE void store_halves(uint16_t* p, vh v, int n) {
+  uint64_t part[EVENLY_VB / 16];
+  raw_store(part, v);
+  int done = 0, at = 0;
+  for (; done + 4 <= n; done += 4, ++at) __builtin_memcpy(p + done, &part[at], 8);
+  if (done < n) few_halves_to(p + done, part[at], n - done);
+}
+template <>
+EVENLY_INLINE vf load_part<bf16>(const bf16* p, int n) {
+  return widen_bf16(load_halves(reinterpret_cast<const uint16_t*>(p), n));
+}
+template <>
+EVENLY_INLINE void store_part<bf16>(bf16* p, vf v, int n) {
+  store_halves(reinterpret_cast<uint16_t*>(p), narrow_bf16(v), n);
+}
+template <>
+EVENLY_INLINE vf load_part<f16>(const f16* p, int n) {
+  return widen_f16(load_halves(reinterpret_cast<const uint16_t*>(p), n));
+}
+template <>
+EVENLY_INLINE void store_part<f16>(f16* p, vf v, int n) {
+  store_halves(reinterpret_cast<uint16_t*>(p), narrow_f16(v), n);
+}
+
 #if defined(__AVX2__) && !defined(__AVX512F__)
 alignas(64) const int32_t lane_table[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
 template <>
