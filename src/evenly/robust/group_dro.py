@@ -19,8 +19,8 @@ It is paired with a group-balanced sampler, :class:`evenly.robust.GroupBalancedS
 (a large weight decay, or early stopping by the worst group's validation accuracy): a network that fits every training
 sample has no loss left to balance.
 
-:class:`GroupCVaRLoss` is the greedy variant of the authors' code: the mean loss of the worst share :math:`\\alpha` of the
-data, made of whole groups.
+:class:`GroupCVaRLoss` is the greedy variant of the authors' code: the mean loss of the worst share
+:math:`\\alpha` of the data, made of whole groups.
 
 References:
     Shiori Sagawa, Pang Wei Koh, Tatsunori B. Hashimoto & Percy Liang, *Distributionally Robust Neural Networks for
@@ -58,8 +58,8 @@ class GroupDROLoss(GroupLoss):
         gamma, sync, process_group, device, dtype: see :class:`evenly.robust.GroupLoss`.
 
     Attributes:
-        log_q: logarithm of the group weights (m,), kept in the state dict with ``ema`` and ``seen``. Logarithms, so that
-            weights neither underflow nor overflow whatever ``step_size`` is.
+        log_q: logarithm of the group weights (m,), kept in the state dict with ``ema`` and ``seen``: weights neither
+            underflow nor overflow whatever ``step_size`` is.
 
     Shape:
         logits (B, C), targets (B,), groups (B,), weights (B,) or None; returns a scalar.

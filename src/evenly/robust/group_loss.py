@@ -57,8 +57,8 @@ class GroupLoss(nn.Module):
         seen: whether a group has had a sample (m,).
 
     Shape:
-        predictions as ``loss`` takes them, ``groups`` (B,) integers, ``weights`` (B,) or None; returns a scalar, float32
-        or float64 (the losses of half-precision predictions are computed in float32).
+        predictions as ``loss`` takes them, ``groups`` (B,) integers, ``weights`` (B,) or None; returns a scalar,
+        float32 or float64 (the losses of half-precision predictions are computed in float32).
 
     State changes in training mode only; ``eval()`` before validation. In a batch without samples the loss is 0 and the
     state stays. Losses that are not finite show in the result and leave the state of their group as it was.
@@ -239,11 +239,12 @@ class ERMLoss(GroupLoss):
     Raises:
         ValueError: ``reweight`` without ``group_counts`` or with an empty group; else as :class:`GroupLoss`.
 
-    >>> logits, y, g = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 3.0]]), torch.tensor([0, 1, 0]), torch.tensor([0, 0, 1])
-    >>> ERMLoss(2)(logits, y, g)
+    >>> logits, y = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 3.0]]), torch.tensor([0, 1, 0])
+    >>> groups = torch.tensor([0, 0, 1])
+    >>> ERMLoss(2)(logits, y, groups)
     tensor(1.1629)
-    >>> ERMLoss(2, [2, 1], reweight=True)(logits, y, g)  # each group has half of the weight
-    tensor(1.6344)
+    >>> ERMLoss(2, [2, 1], reweight=True)(logits, y, groups)  # each group has half of the weight
+    tensor(1.6343)
     """
 
     def __init__(

@@ -5,9 +5,9 @@ With replacement each draw is a group, uniformly, and a member of it, uniformly,
 .. math::
     P(i) = \\frac{1}{m\\, n_{g_i}},
 
-the ``reweight_groups`` sampling of the reference below. Use it with :class:`evenly.robust.GroupDROLoss` (its group means
-are very noisy for rare groups otherwise), or with a plain mean loss as the resampling baseline; without replacement it is
-the subsampling baseline.
+the ``reweight_groups`` sampling of the reference below. Use it with :class:`evenly.robust.GroupDROLoss` (its group
+means are very noisy for rare groups otherwise), or with a plain mean loss as the resampling baseline; without
+replacement it is the subsampling baseline.
 
 Reference:
     Shiori Sagawa, Pang Wei Koh, Tatsunori B. Hashimoto & Percy Liang, *Distributionally Robust Neural Networks for
@@ -48,8 +48,8 @@ class GroupBalancedSampler(Sampler[int]):
 
     Each pass is one epoch and the next pass the next epoch; :meth:`set_epoch` goes to a certain one. ``state_dict``
     holds epoch and position in it, for a run that resumes in the middle of an epoch. The position counts indices that
-    were handed out; a ``DataLoader`` with workers takes them ahead of the training, so set it from the batches that were
-    trained on: ``{"epoch": e, "position": batches * batch_size}``.
+    were handed out; a ``DataLoader`` with workers takes them ahead of the training, so set it from the batches that
+    were trained on: ``{"epoch": e, "position": batches * batch_size}``.
 
     With several processes the draws are dealt out in turn and each process gets equally many; where they do not divide
     evenly, further draws are made (with replacement) or the first are repeated (without).
@@ -158,8 +158,8 @@ class GroupBalancedSampler(Sampler[int]):
             raise ValueError(f"num_samples={num_samples!r}, expected a positive integer.")
         if not self.replacement and (num_samples % self.n_groups or num_samples > self.n_groups * smallest):
             raise ValueError(
-                f"num_samples={num_samples} without replacement, expected {self.n_groups} (groups) times a number from 1 "
-                f"to {smallest} (the smallest group)."
+                f"num_samples={num_samples} without replacement, expected {self.n_groups} (groups) times a number from "
+                f"1 to {smallest} (the smallest group)."
             )
         return num_samples
 
