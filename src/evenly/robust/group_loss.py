@@ -114,6 +114,10 @@ class GroupLoss(nn.Module):
             weights: non-negative weight of each sample within its group; default 1. A sample of weight 0 is left out:
                 whatever its loss is, NaN included, has no effect.
         """
+        if weights is not None and weights.shape == predictions.shape[:1]:
+            # What is left out enters as 0, so that no gradient of it is a product with NaN.
+            kept = (weights > 0).view(-1, *[1] * (predictions.ndim - 1))
+            predictions = torch.where(kept, predictions, torch.zeros_like(predictions))
         return self.reduce(self.sample_losses(predictions, targets), groups, weights)
 
     def sample_losses(self, predictions: Tensor, targets: Tensor) -> Tensor:
