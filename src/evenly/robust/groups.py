@@ -4,7 +4,7 @@
     g = \\big( (a_1 K_2 + a_2) K_3 + a_3 \\big) \\dots
 
 where :math:`a_j \\in \\{0, \\dots, K_j - 1\\}` is the category of the sample in column j: with the columns (label,
-attribute) this is the label x attribute numbering of the group-shift literature. Use :func:`group_ids` once on the
+attribute) this is the label x attribute numbering of Sagawa et al., arXiv 1911.08731. Use :func:`group_ids` once on the
 training data and with ``like=`` on validation and test data, so that one id means one group everywhere.
 """
 
@@ -138,18 +138,18 @@ def _coded(name: str, column: Any, known: tuple[Any, ...] | None) -> tuple[np.nd
             raise TypeError(f"column {name!r} holds fractional numbers; make bins first, as with pandas.cut.")
         if values.dtype.kind == "f" and not np.isnan(values).any():
             values = values.astype(np.int64)
-    made = pd.Categorical(values, categories=None if known is None else list(known))
     missing = int(pd.isna(values).sum())
     if missing:
         raise ValueError(f"column {name!r} has {missing} missing values; fill them or leave those samples out.")
-    codes = np.asarray(made.codes, dtype=np.int64)
+    if known is None:
+        made = pd.Categorical(values)
+        kinds = tuple(kind.item() if isinstance(kind, np.generic) else kind for kind in made.categories)
+        return np.asarray(made.codes, dtype=np.int64), kinds
+    codes = pd.Index(list(known)).get_indexer(np.asarray(values)).astype(np.int64)
     if (codes < 0).any():
-        row = int(np.flatnonzero(codes < 0)[0])
-        raise ValueError(
-            f"column {name!r} has the category {values[row]!r}, which like= does not have: {list(known or ())}."
-        )
-    kinds = tuple(kind.item() if isinstance(kind, np.generic) else kind for kind in made.categories)
-    return codes, kinds
+        given = np.asarray(values)[codes < 0][0]
+        raise ValueError(f"column {name!r} has the category {given!r}, which like= does not have: {list(known)}.")
+    return codes, known
 
 
 def _flat(codes: np.ndarray[Any, Any], sizes: Sequence[int]) -> np.ndarray[Any, Any]:
