@@ -21,10 +21,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
-from evenly.core import moments
+from evenly.core import Moments, moments
 from evenly.nn.sync import sync_moments
 
 __all__ = ["ERMLoss", "GroupLoss"]
@@ -139,12 +140,23 @@ class GroupLoss(nn.Module):
     def reduce(self, losses: Tensor, groups: Tensor, weights: Tensor | None = None) -> Tensor:
         """The loss of a batch from the losses of its samples (B,), for tasks that compute them on their own."""
         self._check(losses, groups, weights)
-        mean, mass = self._measure(_at_least_float32(losses), groups, weights)
+        losses = _at_least_float32(losses)
+        # Where the sample weights are constants the loss is one sum over samples with constant coefficients; else the
+        # means themselves are differentiated.
+        constant = weights is None
+        mean, mass = self._measure(losses.detach() if constant else losses, groups, weights)
         with torch.no_grad():
             if self.training:
                 self._track(mean, mass)
             group_weights = self.group_weights(mean.detach(), mass.detach())
-        return (group_weights * mean).sum()
+        if not constant:
+            return (group_weights * mean).sum()
+        own = torch.dot((group_weights / mass.clamp(min=1)).to(losses.dtype)[groups], losses)
+        if not self._synced():
+            return own
+        # The value is that of the joined batch. The gradient is of this process's part, times the number of processes,
+        # over which it will be averaged.
+        return (group_weights * mean).sum() + self._processes() * (own - own.detach())
 
     def group_weights(self, mean: Tensor, mass: Tensor) -> Tensor:
         """The weight of each group's mean loss (m,), computed without gradient.
@@ -182,36 +194,45 @@ class GroupLoss(nn.Module):
             raise ValueError(
                 f"weights are {weights.dtype} of shape {tuple(weights.shape)}, expected floats {tuple(losses.shape)}."
             )
-        if torch.compiler.is_compiling() or groups.device.type != "cpu" or not groups.numel():
+        if weights is None or torch.compiler.is_compiling() or weights.device.type != "cpu":
             return
-        low, high = (int(value) for value in torch.aminmax(groups))
-        if low < 0 or high >= self.n_groups:
-            raise ValueError(f"group id {low if low < 0 else high} outside [0, {self.n_groups}).")
-        if weights is not None and not bool((weights >= 0).all()):
+        if not bool((weights >= 0).all()):
             raise ValueError("weights must be at least 0; got a negative one or NaN.")
 
     def _measure(self, losses: Tensor, groups: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
         if weights is None:
-            measured = moments(losses, by=groups, num_groups=self.n_groups)
-            if self.sync and self.training:
-                measured = sync_moments(measured, self.process_group)
+            measured = self._moments(losses, groups, None)
             return measured.mean, measured.count
         # A ratio of two means of the same samples: that of weight times loss, and that of the weights.
         counts = weights > 0
         weights = weights.to(losses.dtype)
         columns = torch.stack([weights * torch.where(counts, losses, torch.zeros_like(losses)), weights], dim=1)
-        measured = moments(columns, by=groups, num_groups=self.n_groups, mask=counts.unsqueeze(1))
-        if self.sync and self.training:
-            measured = sync_moments(measured, self.process_group)
+        measured = self._moments(columns, groups, counts.unsqueeze(1))
         weighted, weight = measured.mean.unbind(1)
         present = measured.count[:, 1] > 0
         mean = torch.where(present, weighted / torch.where(present, weight, torch.ones_like(weight)), 0.0)
         return mean, measured.count[:, 1] * weight
 
+    def _moments(self, values: Tensor, groups: Tensor, mask: Tensor | None) -> Moments:
+        try:
+            measured = moments(values, by=groups, num_groups=self.n_groups, mask=mask)
+        except ValueError:
+            outside = groups[(groups < 0) | (groups >= self.n_groups)]
+            if not outside.numel():
+                raise
+            raise ValueError(f"group id {int(outside[0])} outside [0, {self.n_groups}).") from None
+        return sync_moments(measured, self.process_group) if self._synced() else measured
+
+    def _synced(self) -> bool:
+        return self.sync and self.training and dist.is_available() and dist.is_initialized()
+
+    def _processes(self) -> int:
+        return dist.get_world_size(self.process_group)
+
     def _track(self, mean: Tensor, mass: Tensor) -> None:
         mean = mean.to(self.ema.dtype)
         present = (mass > 0) & mean.isfinite()
-        moved = torch.where(self.seen, (1 - self.gamma) * self.ema + self.gamma * mean, mean)
+        moved = torch.where(self.seen, torch.lerp(self.ema, mean, self.gamma), mean)
         self.ema.copy_(torch.where(present, moved, self.ema))
         self.seen.logical_or_(present)
 

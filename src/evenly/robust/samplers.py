@@ -105,15 +105,13 @@ class GroupBalancedSampler(Sampler[int]):
             )
         self._next = 0  # the epoch of the next pass, and where in it that begins
         self._skip = 0
-        self._now = (0, 0)  # epoch and position of the pass under way
+        self._epoch = self._position = 0  # of the pass under way
 
     def __iter__(self) -> Iterator[int]:
         epoch, start = self._next, self._skip
         self._next, self._skip = epoch + 1, 0
-        indices = self._draw(epoch)[start:].tolist()
-        self._now = (epoch, start)
-        for position, index in enumerate(indices, start + 1):
-            self._now = (epoch, position) if position < len(self) else (epoch + 1, 0)
+        self._epoch, self._position = epoch, start
+        for self._position, index in enumerate(self._draw(epoch)[start:].tolist(), start + 1):  # noqa: B020
             yield index
 
     def __len__(self) -> int:
@@ -124,12 +122,14 @@ class GroupBalancedSampler(Sampler[int]):
         """The next pass is this epoch, from its beginning."""
         if not isinstance(epoch, int) or epoch < 0:
             raise ValueError(f"epoch={epoch!r}, expected a non-negative integer.")
-        self._next, self._skip, self._now = epoch, 0, (epoch, 0)
+        self._next = self._epoch = epoch
+        self._skip = self._position = 0
 
     def state_dict(self) -> dict[str, int]:
         """Epoch and position of the pass that is under way, or the beginning of the next."""
-        epoch, position = self._now
-        return {"epoch": epoch, "position": position}
+        if self._position == len(self):
+            return {"epoch": self._epoch + 1, "position": 0}
+        return {"epoch": self._epoch, "position": self._position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The next pass begins where the saved one was.
@@ -142,7 +142,7 @@ class GroupBalancedSampler(Sampler[int]):
         if not 0 <= state["position"] <= len(self):
             raise ValueError(f"position={state['position']}, expected 0 to {len(self)}, the draws of an epoch.")
         self.set_epoch(state["epoch"])
-        self._skip, self._now = state["position"], (state["epoch"], state["position"])
+        self._skip = self._position = state["position"]
 
     def __repr__(self) -> str:
         return (
