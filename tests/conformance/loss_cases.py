@@ -27,7 +27,6 @@ class LossCase:
     settings: Mapping[str, Any] = field(default_factory=dict)
     state: tuple[str, ...] = ()  # what the state dict holds
     moves: bool = True  # its group weights depend on its state
-    equals_mean: bool = True  # with one group it is the mean loss
     refuses: tuple[tuple[dict[str, Any], str], ...] = ()  # settings and a part of the message
     shows: tuple[str, ...] = ()  # what its repr must print
 
@@ -112,6 +111,7 @@ LOSSES = (
         refuses=_CVAR,
         shows=("alpha=0.3", "min_var_weight=0.1"),
     ),
+    _loss("GroupLoss", "GroupLoss", state=("ema", "seen"), moves=False, refuses=_EVERY, shows=("4", "gamma=0.1")),
     _loss("ERMLoss", "ERMLoss", state=("ema", "seen"), moves=False, refuses=_ERM, shows=("4", "gamma=0.1")),
     _loss(
         "ERMLoss (reweighted)",

@@ -68,6 +68,15 @@ class GroupLoss(nn.Module):
         ValueError: settings out of range; predictions that are not floating-point; shapes that do not fit; a group id
             outside [0, m) or a negative weight (checked on the CPU only, where that costs no synchronization).
         TypeError: group ids that are not integers.
+
+    >>> class WorstGroupLoss(GroupLoss):
+    ...     def group_weights(self, mean, mass):
+    ...         return torch.nn.functional.one_hot(mean.argmax(), self.n_groups).to(mean.dtype)
+    >>> loss = WorstGroupLoss(2)
+    >>> loss.reduce(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([0, 1, 1]))
+    tensor(4.)
+    >>> loss.ema
+    tensor([1., 4.])
     """
 
     ema: Tensor
@@ -151,7 +160,7 @@ class GroupLoss(nn.Module):
             group_weights = self.group_weights(mean.detach(), mass.detach())
         if not constant:
             return (group_weights * mean).sum()
-        own = torch.dot((group_weights / mass.clamp(min=1)).to(losses.dtype)[groups], losses)
+        own = ((group_weights / mass.clamp(min=1)).to(losses.dtype)[groups] * losses).sum()
         if not self._synced():
             return own
         # The value is that of the joined batch. The gradient is of this process's part, times the number of processes,
