@@ -160,6 +160,14 @@ def test_order_and_names_do_not_matter(case):
 
 
 @every_loss
+def test_ids_of_any_integer_type(case):
+    logits, targets, groups = batch()
+    want = case()(logits, targets, groups)
+    for dtype in (torch.int32, torch.int16, torch.int8, torch.uint8):
+        assert torch.equal(case()(logits, targets, groups.to(dtype)), want)
+
+
+@every_loss
 def test_weights_repeat_and_leave_out(case):
     logits, targets, groups = batch(dtype=torch.float64)
     times = torch.arange(24) // 4 % 3  # 0, 1 or 2 times, each in every group

@@ -149,7 +149,7 @@ class GroupLoss(nn.Module):
     def reduce(self, losses: Tensor, groups: Tensor, weights: Tensor | None = None) -> Tensor:
         """The loss of a batch from the losses of its samples (B,), for tasks that compute them on their own."""
         self._check(losses, groups, weights)
-        losses = _at_least_float32(losses)
+        losses, groups = _at_least_float32(losses), groups.long()
         # Where the sample weights are constants the loss is one sum over samples with constant coefficients; else the
         # means themselves are differentiated.
         constant = weights is None
@@ -280,6 +280,8 @@ class ERMLoss(GroupLoss):
     >>> ERMLoss(2, [2, 1], reweight=True)(logits, y, groups)  # each group has half of the weight
     tensor(1.6343)
     """
+
+    importance: Tensor | None
 
     def __init__(
         self,
