@@ -17,7 +17,8 @@ says less about their test loss.
 Use it when training data come with groups (label x spurious attribute, population, source) and the worst one matters.
 It is paired with a group-balanced sampler, :class:`evenly.robust.GroupBalancedSampler`, and with strong regularization
 (a large weight decay, or early stopping by the worst group's validation accuracy): a network that fits every training
-sample has no loss left to balance.
+sample has no loss left to balance. The weights follow the training loss: where the few samples of a small group are
+learned by heart its weight falls, and the adjustment, or resampling alone, may serve better (the claim shows a case).
 
 :class:`GroupCVaRLoss` is the greedy variant of the authors' code: the mean loss of the worst share
 :math:`\\alpha` of the data, made of whole groups.
