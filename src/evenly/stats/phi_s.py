@@ -7,9 +7,12 @@ dimension has the same variance, and divides by one number: distances keep their
 Use it on teacher features before distillation, before quantization, or to mix embeddings of different models.
 
 With the mean :math:`\\mu` and the covariance :math:`\\Sigma = U \\Lambda U^T` of the rows (divisor N - 1), a
-normalized Hadamard matrix H (entries :math:`\\pm 1/\\sqrt C`) and :math:`\\varphi = \\sqrt{\\mathrm{tr}\\,\\Sigma / C}`,
+normalized Hadamard matrix H (entries :math:`\\pm 1/\\sqrt C`) and
+:math:`\\varphi = \\sqrt{\\mathrm{tr}\\,\\Sigma / C}`,
 
-.. math::  y = T (x - \\mu), \\qquad T = \\varphi^{-1} H U^T, \\qquad x = T^{-1} y + \\mu, \\quad T^{-1} = \\varphi U H^T,
+.. math::
+
+    y = T (x - \\mu), \\quad T = \\varphi^{-1} H U^T, \\qquad x = T^{-1} y + \\mu, \\quad T^{-1} = \\varphi U H^T,
 
 since :math:`(H \\Lambda H^T)_{ii} = \\sum_j H_{ij}^2 \\lambda_j = \\mathrm{tr}\\,\\Lambda / C` for every i. The paper
 compares it with these, which :class:`PHIStandardizer` has too:
@@ -63,7 +66,7 @@ from sklearn.utils.validation import (
 )
 from torch import Tensor
 
-from evenly.core import Covariance, Moments, covariance, merge, merge_processes, moments, principal_axes
+from evenly.core import Covariance, covariance, merge, merge_processes, moments, principal_axes
 from evenly.stats.hadamard import hadamard, hadamard_construction, has_hadamard
 from evenly.stats.standardize import Standardize
 
@@ -158,7 +161,7 @@ class PHIStandardizer(TransformerMixin, BaseEstimator):
         self._check_settings()
         rows = self._rows(X, reset=True, at_least=2)
         self._stats = _measure(rows, second=self.method not in _DIAGONAL)
-        self._solved = self._solve()
+        self._solved: _Map | None = self._solve()
         return self
 
     def partial_fit(self, X: Any, y: Any = None) -> PHIStandardizer:
@@ -214,8 +217,8 @@ class PHIStandardizer(TransformerMixin, BaseEstimator):
             _check_finite(rows, "Y")
         if rows.shape[1] != self.n_features_in_:
             raise ValueError(
-                f"Y has {rows.shape[1]} features, but {type(self).__name__} is expecting {self.n_features_in_} features "
-                f"as input."
+                f"Y has {rows.shape[1]} features, but {type(self).__name__} is expecting {self.n_features_in_} "
+                f"features as input."
             )
         return _restore(_backward(rows, self._stats.mean, self._map().inverse), Y)
 
@@ -352,12 +355,13 @@ class PHIStandardizer(TransformerMixin, BaseEstimator):
             raise ValueError(f"Complex data not supported: {name} got a tensor of {rows.dtype}.")
         if len(rows) < at_least or not rows.shape[1]:
             raise ValueError(
-                f"Found {len(rows)} sample(s) and {rows.shape[1]} feature(s) in a tensor of shape {tuple(X.shape)}, while "
+                f"Found {len(rows)} sample(s) and {rows.shape[1]} feature(s) in a tensor of shape {tuple(X.shape)}; "
                 f"{name} needs at least {at_least} and 1."
             )
         if reset:
             self.n_features_in_ = rows.shape[1]
-            vars(self).pop("feature_names_in_", None)
+            if hasattr(self, "feature_names_in_"):
+                del self.feature_names_in_
         elif rows.shape[1] != self.n_features_in_:
             raise ValueError(
                 f"X has {rows.shape[1]} features, but {name} is expecting {self.n_features_in_} features as input."
@@ -388,21 +392,22 @@ class PHIStandardizer(TransformerMixin, BaseEstimator):
         values, vectors = principal_axes(second)
         values = values.clamp(min=0)
         if self.method == "phi-s":
-            turn, words = self._rotation(values / values.mean())
+            turn, name = self._rotation(values / values.mean())
             matrix, phi = turn @ vectors.mT, var.mean().sqrt()
-            return _Map(matrix / phi, matrix.mT * phi, values, words)
+            return _Map(matrix / phi, matrix.mT * phi, values, name)
         if self.eps == 0 and values[-1] <= len(values) * torch.finfo(values.dtype).eps * values[0]:
             raise ValueError(
                 f"the covariance of {len(values)} features over {count:.0f} rows is singular (eigenvalues from "
-                f"{values[0]:.3g} to {values[-1]:.3g}), and method={self.method!r} divides by their roots. Set eps above "
-                f"0, or use method='phi-s', which needs no full rank."
+                f"{values[0]:.3g} to {values[-1]:.3g}), and method={self.method!r} divides by their roots. Set eps "
+                f"above 0, or use method='phi-s', which needs no full rank."
             )
         if self.method == "cholesky":
             eye = torch.eye(len(values), dtype=second.dtype)
-            factor = torch.linalg.cholesky(second + self.eps * eye)
-            return _Map(torch.linalg.solve_triangular(factor, eye, upper=False), factor, values, None)
+            lower = torch.linalg.cholesky(second + self.eps * eye)
+            return _Map(torch.linalg.solve_triangular(lower, eye, upper=False), lower, values, None)
         roots = (values + self.eps).sqrt()
-        matrix, inverse, words = vectors.mT / roots[:, None], vectors * roots, None
+        matrix, inverse = vectors.mT / roots[:, None], vectors * roots
+        words: str | None = None
         if self.method == "zca":
             matrix, inverse = vectors @ matrix, inverse @ vectors.mT
         elif self.method == "hadamard":
