@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from evenly.core.kernels.reference import accumulate_dtype
+from evenly.core.normalize import _check_input
 from evenly.core.whiten import _full_precision
 from evenly.nn.norm import check_axis, check_positive
 
@@ -43,6 +44,7 @@ class Standardize(nn.Module):
 
     Raises:
         ValueError: ``num_features`` is not positive; an input without C features along ``channel_dim``.
+        TypeError: an input that is not floating-point.
 
     Attributes:
         mean: (C,), μ.
@@ -88,14 +90,14 @@ class Standardize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """T (x - μ)."""
-        check_axis(x, self.channel_dim, self.num_features, type(self).__name__)
+        self._check(x)
         with _full_precision(x.device.type):
             wide = x.to(self._type(x))
             return self._apply_matrix(wide - self._spread(self.mean, wide), self.matrix).to(x.dtype)
 
     def inverse(self, y: Tensor) -> Tensor:
         """T⁻¹ y + μ."""
-        check_axis(y, self.channel_dim, self.num_features, type(self).__name__)
+        self._check(y)
         with _full_precision(y.device.type):
             out = self._apply_matrix(y.to(self._type(y)), self.inverse_matrix)
             return (out + self._spread(self.mean, out)).to(y.dtype)
@@ -143,6 +145,11 @@ class Standardize(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, channel_dim={self.channel_dim}, diagonal={self.diagonal}"
+
+    def _check(self, x: Tensor) -> None:
+        name, axis = type(self).__name__, self.channel_dim
+        _check_input(x, name)
+        check_axis(x, axis, self.num_features, name, minimum=-axis if axis < 0 else axis + 1)
 
     def _type(self, x: Tensor) -> torch.dtype:
         return torch.promote_types(accumulate_dtype(x.dtype), self.mean.dtype)
