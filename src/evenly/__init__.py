@@ -25,8 +25,19 @@ __version__ = "0.1.0"
 __all__ = ["normalize", "moments", "whiten", "Moments", "convert"]
 
 _SUBMODULES = {
-    "catalog", "claims", "conversion", "core", "data", "models", "nn", "optim", "robust", "weights", "workbench",
-}  # fmt: skip
+    "catalog",
+    "claims",
+    "conversion",
+    "core",
+    "data",
+    "models",
+    "nn",
+    "optim",
+    "robust",
+    "stats",
+    "weights",
+    "workbench",
+}
 
 
 def __getattr__(name: str) -> Any:

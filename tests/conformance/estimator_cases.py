@@ -1,0 +1,126 @@
+"""The table of estimators: one row an estimator with its settings, held to the suite in test_estimators.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from evenly.stats import PHIStandardizer
+
+#: A "transformer" gives `transform`, a "classifier" `predict` (and its `output` may be `predict_proba`).
+Kind = Literal["transformer", "classifier", "regressor"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What an estimator is fitted on: ``fit(x, *labels, **keywords)``, ``predict(x, **keywords)``."""
+
+    x: Any
+    labels: tuple[Any, ...] = ()
+    keywords: Mapping[str, Any] = field(default_factory=dict)
+
+    def rows(self, index: Any) -> Sample:
+        """Some of the rows, of everything."""
+        return Sample(
+            self.x[index],
+            tuple(label[index] for label in self.labels),
+            {key: value[index] for key, value in self.keywords.items()},
+        )
+
+    def replace(self, x: Any) -> Sample:
+        """The same rows with other features."""
+        return Sample(x, self.labels, self.keywords)
+
+
+@dataclass(frozen=True)
+class EstimatorCase:
+    """An estimator: ``make(**more)`` builds it, with ``settings`` in the place of its defaults."""
+
+    name: str
+    object: str  # "module:Name", as in the catalog
+    make: Callable[..., Any]
+    catalog: str
+    kind: Kind = "transformer"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    groups: bool = False  # needs keyword sensitive_features= in fit and predict
+    groups_at_predict: bool = True
+    output: str = ""  # the method whose result is compared; default: transform, or predict
+    tensors: bool = False  # takes torch tensors (..., d) and gives them back
+    features: int = 4  # columns of the data
+    equivariant: bool = True  # the output does not depend on the scale of the features
+    constant: str | None = None  # message for data with a constant column; None: it is taken
+    few: str | None = None  # message for fewer rows than columns; None: they are taken
+    refuses: tuple[tuple[dict[str, Any], str], ...] = ()  # settings and a part of the message
+    expected_failures: Mapping[str, str] = field(default_factory=dict)  # scikit-learn's check: why it cannot hold
+    accuracy: float = 1e-5  # in float32, relative to the largest output
+
+    def __call__(self, **more: Any) -> Any:
+        return self.make(**{**self.settings, **more})
+
+    def __str__(self) -> str:
+        return self.name
+
+    def data(self, n: int = 60, seed: int = 0, dtype: Any = np.float64) -> Sample:
+        """Correlated columns with means; labels that they predict; two groups."""
+        rng = np.random.default_rng(seed)
+        mix = np.random.default_rng(99).normal(size=(self.features, self.features)) + np.eye(self.features)
+        z = rng.normal(size=(n, self.features))
+        x = (z @ mix + 3 * np.arange(self.features)).astype(dtype)
+        labels: tuple[Any, ...] = ()
+        score = z[:, 0] + 0.5 * rng.normal(size=n)
+        if self.kind == "classifier":
+            labels = ((score > 0).astype(int),)
+        elif self.kind == "regressor":
+            labels = (score,)
+        return Sample(x, labels, {"sensitive_features": rng.integers(0, 2, n)} if self.groups else {})
+
+    def fit(self, estimator: Any, sample: Sample) -> Any:
+        return estimator.fit(sample.x, *sample.labels, **sample.keywords)
+
+    def apply(self, estimator: Any, sample: Sample) -> Any:
+        method = self.output or ("transform" if self.kind == "transformer" else "predict")
+        keywords = sample.keywords if self.groups_at_predict else {}
+        return getattr(estimator, method)(sample.x, **keywords)
+
+
+_SETTINGS = (
+    ({"method": "pcaa"}, "method='pcaa' is unknown, expected one of 'phi-s', "),
+    ({"rotation": "random"}, "rotation='random' is unknown, expected one of 'auto', "),
+    ({"correction": 2}, "correction=2, expected 0 or 1"),
+)
+_NO_EPS = (*_SETTINGS, ({"eps": 1e-5}, "is for whitening and 'standard'"))
+_EPS = (
+    *_SETTINGS,
+    ({"eps": -1.0}, "eps=-1.0, expected a finite number of at least 0"),
+    ({"eps": float("inf")}, "eps=inf, expected a finite"),
+)
+_SINGULAR = "is singular"
+
+
+def _standardizer(method: str, name: str = "", *, settings: Mapping[str, Any] | None = None, **more: Any):
+    return EstimatorCase(
+        name or f"PHIStandardizer ({method})",
+        "evenly.stats:PHIStandardizer",
+        PHIStandardizer,
+        "phi-s",
+        settings={"method": method, **(settings or {})},
+        tensors=True,
+        **more,
+    )
+
+
+ESTIMATORS = (
+    _standardizer("phi-s", "PHIStandardizer", refuses=_NO_EPS),
+    _standardizer("phi-s", "PHIStandardizer (width 6)", features=6),
+    _standardizer("global", refuses=_NO_EPS),
+    _standardizer("standard", constant="1 of 4 features are constant (the first is number 2)", refuses=_EPS),
+    _standardizer("pca", constant=_SINGULAR, few=_SINGULAR, refuses=_EPS),
+    _standardizer("zca", constant=_SINGULAR, few=_SINGULAR),
+    _standardizer("zca", "PHIStandardizer (zca, eps)", settings={"eps": 1e-2}, equivariant=False),
+    _standardizer("cholesky", constant=_SINGULAR, few=_SINGULAR),
+    _standardizer("hadamard", constant=_SINGULAR, few=_SINGULAR),
+    _standardizer("none", equivariant=False, refuses=_NO_EPS),
+)
