@@ -1,0 +1,280 @@
+"""The search behind :mod:`evenly.fair.bias_scoring`: which decisions to flip.
+
+Every row has a vector of scores g (K,) and a cost c >= 0; a linear rule z flips the rows where ``z . g > c``. What a
+flip changes is known a row: the accuracy by ``gain``, the rate of event e by ``effect[:, e]``. Wanted is the rule, or
+the mixture of rules, that keeps most accuracy while in each family of events the largest and the smallest rate differ
+by at most the family's tolerance.
+
+Along one direction u the rules z = u / t are thresholds t on u . g / c; one sort and cumulative sums give accuracy and
+rates of all of them, O(n log n + n E). With one score there is one direction, and that is all. With several, the
+linear program over mixtures of rules is solved by column generation: its prices are the z of the next rule, whose
+best response is exact and costs one such sweep. The single best rule is then looked for along further directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Problem", "Solution", "mixture", "single"]
+
+Array = NDArray[np.float64]
+
+_FEASIBLE = 1e-10  # rounding of a rate
+_APART = 1e-9  # scores closer than this, relative, are one: no threshold between them
+_PENALTY = 1e3  # price of a unit of violation, in accuracy
+_ROUNDS = 200
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What flips cost and change.
+
+    Attributes:
+        g: (n, K) scores, signed so that a rule flips where ``g @ z > c``.
+        c: (n,) costs, at least 0.
+        gain: (n,) change of accuracy by the flip of a row.
+        effect: (n, E) change of each event's rate by the flip of a row.
+        accuracy: without flips.
+        rates: (E,) without flips.
+        families: the columns of ``effect`` that each family has; the last of them is the reference.
+        tol: the tolerance of each family.
+    """
+
+    g: Array
+    c: Array
+    gain: Array
+    effect: Array
+    accuracy: float
+    rates: Array
+    families: Sequence[slice]
+    tol: Sequence[float]
+
+    def violation(self, rates: Array) -> Array:
+        """By how much rates (..., E) exceed the tolerances; negative or 0 where they hold."""
+        worst = [np.ptp(rates[..., family], axis=-1) - tol for family, tol in zip(self.families, self.tol, strict=True)]
+        return np.max(worst, axis=0)
+
+    def flips(self, z: Array) -> NDArray[np.bool_]:
+        """The rows that a rule flips."""
+        return flips(self.g, self.c, z)
+
+    def of(self, z: Array) -> tuple[float, Array]:
+        """Accuracy and rates of a rule."""
+        chosen = self.flips(z)
+        return self.accuracy + float(self.gain[chosen].sum()), self.rates + self.effect[chosen].sum(0)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Rules (J, K), their weights (J,), and by how much the tolerances are exceeded (0: not at all)."""
+
+    rules: Array
+    weights: Array
+    excess: float
+
+
+def flips(g: Array, c: Array, z: Array) -> NDArray[np.bool_]:
+    """Whether the rule z flips rows with scores g (n, K) and costs c (n,)."""
+    return g @ z > c
+
+
+def single(problem: Problem, directions: int, random_state: np.random.RandomState) -> Solution:
+    """The best single rule: exact over all thresholds for one score, searched for several."""
+    size = problem.g.shape[1]
+    if problem.violation(problem.rates) <= _FEASIBLE:
+        return _no_flip(size)
+    best = _Best(size)
+    if size == 1:
+        path = _towards_zero(problem)
+        best.offer(path)
+        return best.solution()
+    for path in _generate(problem)[1]:
+        best.offer(path)
+    for number in range(directions):
+        if size == 2 and number < directions // 2:
+            angle = 2 * np.pi * number / (directions // 2)
+            direction = np.array([np.cos(angle), np.sin(angle)])
+        else:
+            reach = 0.5 * 0.01 ** (number / directions)
+            length = np.linalg.norm(best.z)
+            direction = best.z / length if length > 0 else np.zeros(size)
+            direction = direction + reach * random_state.standard_normal(size)
+        best.offer(_path(problem, direction))
+    return best.solution()
+
+
+def mixture(problem: Problem) -> Solution:
+    """The best mixture of rules."""
+    size = problem.g.shape[1]
+    if problem.violation(problem.rates) <= _FEASIBLE:
+        return _no_flip(size)
+    if size == 1:
+        return _marginal(problem, _towards_zero(problem))
+    return _generate(problem)[0]
+
+
+class _Path:
+    """Accuracy (m,), rates (m, E) and rule (m, K) of every threshold along a direction, most flips last."""
+
+    def __init__(self, problem: Problem, direction: Array, t: Array, accuracy: Array, rates: Array) -> None:
+        self.direction, self.t, self.accuracy, self.rates = direction, t, accuracy, rates
+        self.excess = problem.violation(rates)
+
+    def rule(self, place: int) -> Array:
+        return self.direction / self.t[place]  # t is inf where nothing flips
+
+    def first(self, count: int) -> None:
+        self.t, self.accuracy, self.rates, self.excess = (
+            part[:count] for part in (self.t, self.accuracy, self.rates, self.excess)
+        )
+
+
+class _Best:
+    """The best single rule seen: within the tolerances and most accurate, else least outside."""
+
+    def __init__(self, size: int) -> None:
+        self.z = np.zeros(size)
+        self.accuracy, self.excess = -np.inf, np.inf
+
+    def offer(self, path: _Path) -> None:
+        inside = path.excess <= _FEASIBLE
+        if inside.any():
+            place = int(np.argmax(np.where(inside, path.accuracy, -np.inf)))
+            if self.excess > _FEASIBLE or path.accuracy[place] > self.accuracy + 1e-12:
+                self._take(path, place)
+        elif self.excess > _FEASIBLE:
+            place = int(np.argmin(path.excess))
+            if path.excess[place] < self.excess:
+                self._take(path, place)
+
+    def _take(self, path: _Path, place: int) -> None:
+        self.z = path.rule(place)
+        self.accuracy, self.excess = float(path.accuracy[place]), float(path.excess[place])
+
+    def solution(self) -> Solution:
+        excess = 0.0 if self.excess <= _FEASIBLE else self.excess
+        return Solution(self.z[None], np.ones(1), excess)
+
+
+def _no_flip(size: int) -> Solution:
+    return Solution(np.zeros((1, size)), np.ones(1), 0.0)
+
+
+def _path(problem: Problem, direction: Array) -> _Path:
+    direction = direction / np.linalg.norm(direction)
+    along = problem.g @ direction
+    rows = np.flatnonzero(along > 0)
+    with np.errstate(divide="ignore", over="ignore"):
+        ratio = along[rows] / problem.c[rows]
+    order = np.argsort(-ratio, kind="stable")
+    ratio, rows = ratio[order], rows[order]
+    t = _cuts(ratio)
+    place = np.flatnonzero(~np.isnan(t))  # thresholds with that many flips
+    accuracy = problem.accuracy + np.concatenate([[0.0], np.cumsum(problem.gain[rows])])[place]
+    change = np.concatenate([np.zeros((1, len(problem.rates))), np.cumsum(problem.effect[rows], 0)])
+    return _Path(problem, direction, t[place], accuracy, problem.rates + change[place])
+
+
+def _cuts(ratio: Array) -> Array:
+    # The threshold that flips the first j of the falling ratios, j = 0 .. n; NaN where j splits equal ones.
+    t = np.full(len(ratio) + 1, np.nan)
+    t[0] = np.inf
+    if not len(ratio):
+        return t
+    t[-1] = ratio[-1] / 2 if np.isfinite(ratio[-1]) else 1.0
+    high, low = ratio[:-1], ratio[1:]
+    with np.errstate(invalid="ignore", over="ignore"):
+        between = np.where(np.isinf(high), 2 * low, low + (high - low) / 2)
+        apart = np.isinf(high) | (high - low > _APART * high)
+    t[1:-1] = np.where(apart & np.isfinite(low), between, np.nan)
+    return t
+
+
+def _towards_zero(problem: Problem) -> _Path:
+    # One score: from no flip on, until the difference of the two rates has changed its sign.
+    difference = problem.rates[0] - problem.rates[1]
+    path = _path(problem, np.sign(difference)[None])
+    crossed = np.flatnonzero((path.rates[:, 0] - path.rates[:, 1]) * difference < 0)
+    if len(crossed):
+        path.first(crossed[0] + 1)
+    return path
+
+
+def _marginal(problem: Problem, path: _Path) -> Solution:
+    # The last threshold outside and the first inside, mixed so that the tolerance is met exactly; or the best single
+    # rule, where counting labels makes it more accurate than that.
+    best = _Best(1)
+    best.offer(path)
+    difference = path.rates[:, 0] - path.rates[:, 1]
+    sign, tol = np.sign(difference[0]), problem.tol[0]
+    inside = np.flatnonzero(sign * difference <= tol + _FEASIBLE)
+    if not len(inside):
+        return best.solution()
+    after = int(inside[0])
+    above, below = sign * difference[after - 1] - tol, tol - sign * difference[after]
+    share = above / (above + below) if above + below > 0 else 1.0
+    mixed = share * path.accuracy[after] + (1 - share) * path.accuracy[after - 1]
+    if (best.excess <= _FEASIBLE and best.accuracy >= mixed) or share >= 1:
+        return best.solution()
+    return Solution(np.stack([path.rule(after), path.rule(after - 1)]), np.array([share, 1 - share]), 0.0)
+
+
+def _generate(problem: Problem) -> tuple[Solution, list[_Path]]:
+    # Column generation. The columns of the master program are rules, with their accuracy and rates.
+    size = problem.g.shape[1]
+    free = np.concatenate([np.arange(family.start, family.stop - 1) for family in problem.families])
+    rules, accuracy, rates = [np.zeros(size)], [problem.accuracy], [problem.rates]
+    paths: list[_Path] = []
+    weights, excess = np.ones(1), np.inf
+    for _ in range(_ROUNDS):
+        weights, prices, worth, excess = _master(problem, np.array(accuracy), np.array(rates))
+        z = prices[free]
+        if not np.any(z):
+            break
+        path = _path(problem, z)
+        paths.append(path)
+        value = path.accuracy - path.rates @ prices
+        place = int(np.argmax(value))
+        if value[place] <= worth + 1e-9:
+            break
+        rules.append(path.rule(place))
+        accuracy.append(path.accuracy[place])
+        rates.append(path.rates[place])
+    used = weights > 1e-12
+    kept = weights[used] / weights[used].sum()
+    return Solution(np.array(rules)[: len(weights)][used], kept, 0.0 if excess <= 1e-9 else excess), paths
+
+
+def _master(problem: Problem, accuracy: Array, rates: Array) -> tuple[Array, Array, float, float]:
+    # Maximize accuracy of the mixture minus the penalty of what exceeds the tolerances. Variables: the weights, the
+    # lowest rate of each family (free), the excess of each family. Returns the weights, the price of each event's
+    # rate, the worth that a new column must exceed, and the largest excess.
+    from scipy.optimize import linprog
+
+    columns, families = len(accuracy), len(problem.families)
+    count = rates.shape[1]
+    owner = np.zeros((count, families))
+    for number, family in enumerate(problem.families):
+        owner[family, number] = 1
+    nothing = np.zeros((count, families))
+    upper = np.hstack([rates.T, -owner, -owner])
+    lower = np.hstack([-rates.T, owner, nothing])
+    answer = linprog(
+        np.concatenate([-accuracy, np.zeros(families), np.full(families, _PENALTY)]),
+        A_ub=np.vstack([upper, lower]),
+        b_ub=np.concatenate([owner @ np.asarray(problem.tol), np.zeros(count)]),
+        A_eq=np.concatenate([np.ones(columns), np.zeros(2 * families)])[None],
+        b_eq=[1.0],
+        bounds=[(0, None)] * columns + [(None, None)] * families + [(0, None)] * families,
+        method="highs",
+    )
+    if answer.status != 0:
+        raise RuntimeError(f"the linear program over {columns} rules was not solved: {answer.message}")
+    marginals = -answer.ineqlin.marginals
+    prices = marginals[:count] - marginals[count:]
+    prices[np.abs(prices) < 1e-12] = 0
+    return answer.x[:columns], prices, -float(answer.eqlin.marginals[0]), float(answer.x[columns + families :].max())
