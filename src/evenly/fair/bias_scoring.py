@@ -858,9 +858,7 @@ def _proba(model: Any, X: Any) -> Array:
     return np.asarray(model.predict_proba(X), dtype=np.float64)
 
 
-def _spread(
-    proba: Array, classes: NDArray[Any], attribute: Attribute, joint: bool, by_code: bool
-) -> tuple[Array, str]:
+def _spread(proba: Array, classes: NDArray[Any], attribute: Attribute, joint: bool, by_code: bool) -> tuple[Array, str]:
     # The columns of an attribute model in the places of the groups, or of labels and groups. A model that was fitted
     # here has the numbers of groups, or of labels and groups, as its classes.
     size, known = len(attribute.groups), np.asarray(classes).tolist()
@@ -877,8 +875,8 @@ def _spread(
         wanted = f"the groups {list(attribute.groups)}"
         if joint:
             wanted = (
-                f"numbers label * {size} + group below {2 * size}: a criterion on labels needs p(Y, A | x). Train it on "
-                f"evenly.fair.joint_codes(y, sensitive_features)"
+                f"numbers label * {size} + group below {2 * size}: a criterion on labels needs p(Y, A | x). Train it "
+                f"on evenly.fair.joint_codes(y, sensitive_features)"
             )
         raise ValueError(f"attribute_estimator knows the classes {known}, expected {wanted}.")
     table = np.zeros((len(proba), size if kind == "groups" else 2 * size))
