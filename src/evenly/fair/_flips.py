@@ -5,15 +5,18 @@ flip changes is known a row: the accuracy by ``gain``, the rate of event e by ``
 the mixture of rules, that keeps most accuracy while in each family of events the largest and the smallest rate differ
 by at most the family's tolerance.
 
-Along one direction u the rules z = u / t are thresholds t on u . g / c; one sort and cumulative sums give accuracy and
-rates of all of them, O(n log n + n E). With one score there is one direction, and that is all. With several, the
-linear program over mixtures of rules is solved by column generation: its prices are the z of the next rule, whose
-best response is exact and costs one such sweep. The single best rule is then looked for along further directions.
+Along a line of rules, z = z0 + step d, each row is flipped from one step on or up to one; a sort and cumulative sums
+give accuracy and rates of all of them, O(n log n + n E). From z0 = 0 the rules z = u / t are thresholds t on u . g / c:
+with one score there is one such line, and that is all. With several, the linear program over mixtures of rules is
+solved by column generation: its prices are the z of the next rule, whose best response is exact and costs one line.
+The single best rule is then looked for on further lines: from 0 in other directions, through the best rule so far, and
+for two scores through the rules that leave one row undecided. Where all rows are tried that way, two scores are exact,
+as the best half-plane can be moved until its edge touches a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,28 +85,19 @@ def flips(g: Array, c: Array, z: Array) -> NDArray[np.bool_]:
     return g @ z > c
 
 
-def single(problem: Problem, directions: int, random_state: np.random.RandomState) -> Solution:
-    """The best single rule: exact over all thresholds for one score, searched for several."""
+def single(problem: Problem, lines: int, random_state: np.random.RandomState) -> Solution:
+    """The best single rule: exact over all thresholds for one score, searched for on ``lines`` lines for several."""
     size = problem.g.shape[1]
     if problem.violation(problem.rates) <= _FEASIBLE:
         return _no_flip(size)
-    best = _Best(size)
+    best = _Best(problem)
     if size == 1:
-        path = _towards_zero(problem)
-        best.offer(path)
+        best.offer(_towards_zero(problem))
         return best.solution()
     for path in _generate(problem)[1]:
         best.offer(path)
-    for number in range(directions):
-        if size == 2 and number < directions // 2:
-            angle = 2 * np.pi * number / (directions // 2)
-            direction = np.array([np.cos(angle), np.sin(angle)])
-        else:
-            reach = 0.5 * 0.01 ** (number / directions)
-            length = np.linalg.norm(best.z)
-            direction = best.z / length if length > 0 else np.zeros(size)
-            direction = direction + reach * random_state.standard_normal(size)
-        best.offer(_path(problem, direction))
+    for path in _lines(problem, best, lines, random_state):
+        best.offer(path)
     return best.solution()
 
 
@@ -118,42 +112,46 @@ def mixture(problem: Problem) -> Solution:
 
 
 class _Path:
-    """Accuracy (m,), rates (m, E) and rule (m, K) of every threshold along a direction, most flips last."""
+    """Accuracy (m,) and rates (m, E) of the rules origin + step * direction, for m steps."""
 
-    def __init__(self, problem: Problem, direction: Array, t: Array, accuracy: Array, rates: Array) -> None:
-        self.direction, self.t, self.accuracy, self.rates = direction, t, accuracy, rates
-        self.excess = problem.violation(rates)
+    def __init__(
+        self, problem: Problem, origin: Array, direction: Array, steps: Array, accuracy: Array, rates: Array
+    ) -> None:
+        self.origin, self.direction, self.steps = origin, direction, steps
+        self.accuracy, self.rates, self.excess = accuracy, rates, problem.violation(rates)
 
     def rule(self, place: int) -> Array:
-        return self.direction / self.t[place]  # t is inf where nothing flips
+        return self.origin + self.steps[place] * self.direction
 
     def first(self, count: int) -> None:
-        self.t, self.accuracy, self.rates, self.excess = (
-            part[:count] for part in (self.t, self.accuracy, self.rates, self.excess)
+        self.steps, self.accuracy, self.rates, self.excess = (
+            part[:count] for part in (self.steps, self.accuracy, self.rates, self.excess)
         )
 
 
 class _Best:
     """The best single rule seen: within the tolerances and most accurate, else least outside."""
 
-    def __init__(self, size: int) -> None:
-        self.z = np.zeros(size)
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.z = np.zeros(problem.g.shape[1])
         self.accuracy, self.excess = -np.inf, np.inf
 
     def offer(self, path: _Path) -> None:
         inside = path.excess <= _FEASIBLE
         if inside.any():
             place = int(np.argmax(np.where(inside, path.accuracy, -np.inf)))
-            if self.excess > _FEASIBLE or path.accuracy[place] > self.accuracy + 1e-12:
-                self._take(path, place)
-        elif self.excess > _FEASIBLE:
-            place = int(np.argmin(path.excess))
-            if path.excess[place] < self.excess:
-                self._take(path, place)
-
-    def _take(self, path: _Path, place: int) -> None:
-        self.z = path.rule(place)
-        self.accuracy, self.excess = float(path.accuracy[place]), float(path.excess[place])
+            better = self.excess > _FEASIBLE or path.accuracy[place] > self.accuracy + 1e-12
+        else:
+            least = path.excess.min()
+            place = int(np.argmax(np.where(path.excess <= least + _FEASIBLE, path.accuracy, -np.inf)))
+            better = least < self.excess - _FEASIBLE
+        if not better:
+            return
+        z = path.rule(place)
+        accuracy, rates = self.problem.of(z)
+        if abs(accuracy - path.accuracy[place]) < 1e-9:  # else rounding decides about some row: not this rule
+            self.z, self.accuracy, self.excess = z, accuracy, float(self.problem.violation(rates))
 
     def solution(self) -> Solution:
         excess = 0.0 if self.excess <= _FEASIBLE else self.excess
@@ -164,7 +162,32 @@ def _no_flip(size: int) -> Solution:
     return Solution(np.zeros((1, size)), np.ones(1), 0.0)
 
 
+def _lines(problem: Problem, best: _Best, lines: int, random_state: np.random.RandomState) -> Iterator[_Path]:
+    # The lines that are tried for the single best of several scores.
+    size = problem.g.shape[1]
+    through = np.zeros(0, dtype=np.int64)
+    if size == 2:
+        through = np.flatnonzero(problem.g.any(1))
+        if 2 * len(through) > lines:
+            through = random_state.permutation(through)[: lines // 4]
+    rest = max(0, lines - 2 * len(through))
+    for number in range(rest // 2):
+        direction = random_state.standard_normal(size)
+        length = np.linalg.norm(best.z)
+        if number % 2 and length > 0:
+            direction = best.z / length + direction * 0.5 * 0.02 ** (2 * number / rest)
+        yield _path(problem, direction)
+    for row in through:
+        g = problem.g[row]
+        across = np.array([-g[1], g[0]])
+        for side in (1 - _APART, 1 + _APART):  # the row is not flipped, and is
+            yield _sweep(problem, side * problem.c[row] / (g @ g) * g, across)
+    for _ in range(rest - rest // 2):
+        yield _sweep(problem, best.z, random_state.standard_normal(size))
+
+
 def _path(problem: Problem, direction: Array) -> _Path:
+    # The rules u / t: thresholds from inf down to 0, most flips last.
     direction = direction / np.linalg.norm(direction)
     along = problem.g @ direction
     rows = np.flatnonzero(along > 0)
@@ -176,7 +199,7 @@ def _path(problem: Problem, direction: Array) -> _Path:
     place = np.flatnonzero(~np.isnan(t))  # thresholds with that many flips
     accuracy = problem.accuracy + np.concatenate([[0.0], np.cumsum(problem.gain[rows])])[place]
     change = np.concatenate([np.zeros((1, len(problem.rates))), np.cumsum(problem.effect[rows], 0)])
-    return _Path(problem, direction, t[place], accuracy, problem.rates + change[place])
+    return _Path(problem, np.zeros(len(direction)), direction, 1 / t[place], accuracy, problem.rates + change[place])
 
 
 def _cuts(ratio: Array) -> Array:
@@ -194,6 +217,35 @@ def _cuts(ratio: Array) -> Array:
     return t
 
 
+def _sweep(problem: Problem, origin: Array, direction: Array) -> _Path:
+    # The rules origin + step * direction. A row with offset a and slope b is flipped where a + step b > 0.
+    a, b = problem.g @ origin - problem.c, problem.g @ direction
+    start = (b < 0) | ((b == 0) & (a > 0))  # flipped far down
+    rows = np.flatnonzero(b)
+    with np.errstate(over="ignore"):
+        step = -a[rows] / b[rows]
+    rows, step = rows[np.isfinite(step)], step[np.isfinite(step)]
+    order = np.argsort(step, kind="stable")
+    rows, step = rows[order], step[order]
+    if not len(rows):
+        step = np.zeros(1)
+        turn = np.zeros(0)
+    else:
+        turn = np.sign(b[rows])
+        low, high = step[:-1], step[1:]
+        apart = high - low > _APART * np.maximum(np.abs(low), np.abs(high))
+        ends = np.maximum(1.0, np.abs(step[[0, -1]]))
+        step = np.concatenate(
+            [step[:1] - ends[0], np.where(apart, low + (high - low) / 2, np.nan), step[-1:] + ends[1]]
+        )
+    place = np.flatnonzero(~np.isnan(step))
+    accuracy = problem.accuracy + problem.gain[start].sum()
+    accuracy = accuracy + np.concatenate([[0.0], np.cumsum(turn * problem.gain[rows])])
+    rates = problem.rates + problem.effect[start].sum(0)
+    change = np.concatenate([np.zeros((1, len(rates))), np.cumsum(turn[:, None] * problem.effect[rows], 0)])
+    return _Path(problem, origin, direction, step[place], accuracy[place], (rates + change)[place])
+
+
 def _towards_zero(problem: Problem) -> _Path:
     # One score: from no flip on, until the difference of the two rates has changed its sign.
     difference = problem.rates[0] - problem.rates[1]
@@ -207,7 +259,7 @@ def _towards_zero(problem: Problem) -> _Path:
 def _marginal(problem: Problem, path: _Path) -> Solution:
     # The last threshold outside and the first inside, mixed so that the tolerance is met exactly; or the best single
     # rule, where counting labels makes it more accurate than that.
-    best = _Best(1)
+    best = _Best(problem)
     best.offer(path)
     difference = path.rates[:, 0] - path.rates[:, 1]
     sign, tol = np.sign(difference[0]), problem.tol[0]
@@ -239,11 +291,13 @@ def _generate(problem: Problem) -> tuple[Solution, list[_Path]]:
         paths.append(path)
         value = path.accuracy - path.rates @ prices
         place = int(np.argmax(value))
-        if value[place] <= worth + 1e-9:
+        rule = path.rule(place)
+        found = problem.of(rule)
+        if min(value[place], found[0] - found[1] @ prices) <= worth + 1e-9:
             break
-        rules.append(path.rule(place))
-        accuracy.append(path.accuracy[place])
-        rates.append(path.rates[place])
+        rules.append(rule)
+        accuracy.append(found[0])
+        rates.append(found[1])
     used = weights > 1e-12
     kept = weights[used] / weights[used].sum()
     return Solution(np.array(rules)[: len(weights)][used], kept, 0.0 if excess <= 1e-9 else excess), paths

@@ -56,6 +56,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin, MetaEstimatorMixin, clo
 from sklearn.model_selection import StratifiedKFold, check_cv, cross_val_predict, train_test_split
 from sklearn.utils import _safe_indexing, check_random_state
 from sklearn.utils.metaestimators import available_if
+from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _num_samples, check_consistent_length, check_is_fitted
 
 from evenly.fair import _flips
@@ -103,7 +104,8 @@ class BiasScoreRule(BaseEstimator):
             ``"model"`` takes their expectation under the given probabilities.
         randomize: allow a mixture of rules, which meets the tolerance exactly and is the linear program's optimum
             (over all randomized rules for ``estimate="model"``). ``predict`` then draws.
-        directions: how many directions are tried where there is more than one score and ``randomize=False``.
+        directions: how many lines of rules are tried where there is more than one score and ``randomize=False``. With
+            two scores and at least 2n of them the best rule is found for certain.
         intersect: several columns of groups are one attribute (True), or one criterion each (False).
         random_state: seed of the directions, and of the draws where ``predict`` gets none.
 
@@ -422,6 +424,7 @@ class BiasScoreClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         )
         rule._check_settings()
         check_consistent_length(X, y)
+        check_classification_targets(y)
         classes, labels = binary_labels(y)
         attributes = read_attributes(sensitive_features, _num_samples(X), intersect=self.intersect)
         families = _families(self.constraints, self.tol, attributes)
@@ -470,23 +473,31 @@ class BiasScoreClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
             ValueError: an unknown group, or groups given where they are not used.
             TypeError: no groups where they are used.
         """
-        return self.classes_[self.rule_.predict(*self._inputs(X, sensitive_features), random_state=random_state)]
+        inputs = self._inputs(X, sensitive_features)
+        return self.classes_[self.rule_.predict(*inputs, random_state=random_state)]
 
     def predict_proba(self, X: Any, *, sensitive_features: Any = None) -> Array:
         """(n, 2) probability of each decision: 0 or 1, but with ``randomize=True``. It is not p(Y | x)."""
-        return self.rule_.predict_proba(*self._inputs(X, sensitive_features))
+        inputs = self._inputs(X, sensitive_features)
+        return self.rule_.predict_proba(*inputs)
 
     def flip_probability(self, X: Any, *, sensitive_features: Any = None) -> Array:
         """(n,) probability that the decision of ``estimator_`` is changed: 0 or 1, but with ``randomize=True``."""
-        return self.rule_.flip_probability(*self._inputs(X, sensitive_features))
+        inputs = self._inputs(X, sensitive_features)
+        return self.rule_.flip_probability(*inputs)
 
     def bias_scores(self, X: Any, *, sensitive_features: Any = None) -> Array:
         """(n, K) bias scores; ``rule_.score_names_`` says what each compares."""
-        return self.rule_.bias_scores(*self._inputs(X, sensitive_features))
+        inputs = self._inputs(X, sensitive_features)
+        return self.rule_.bias_scores(*inputs)
 
     def __sklearn_tags__(self) -> Any:
+        from sklearn.utils import get_tags  # of scikit-learn 1.6 and later, as is this method
+
         tags = super().__sklearn_tags__()
         tags.classifier_tags.multi_class = False
+        models = [self.estimator, *_listed(self.attribute_estimator)]
+        tags.input_tags.sparse = all(get_tags(model).input_tags.sparse for model in models if model is not None)
         return tags
 
     def _check_settings(self) -> None:
@@ -495,7 +506,7 @@ class BiasScoreClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         given = self.attribute_estimator
         if self.attribute_aware and given is not None:
             raise ValueError("attribute_estimator is given with attribute_aware=True, which takes the groups as given.")
-        for model in (self.estimator, *(given if isinstance(given, list | tuple) else [given])):
+        for model in (self.estimator, *_listed(given)):
             if model is not None and not hasattr(model, "predict_proba"):
                 raise TypeError(
                     f"{type(model).__name__} has no predict_proba. Wrap it in "
@@ -848,6 +859,10 @@ def _bias_scores(f: Array, eta: Array) -> Array:
     with np.errstate(divide="ignore", invalid="ignore"):
         scores = _sign(eta)[:, None] * f / np.abs(2 * eta - 1)[:, None]
     return np.where(f == 0, 0.0, scores)
+
+
+def _listed(models: Any) -> list[Any]:
+    return list(models) if isinstance(models, list | tuple) else [models]
 
 
 def _frozen(model: Any) -> bool:

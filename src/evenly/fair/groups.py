@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from sklearn.utils import column_or_1d
 
 __all__ = ["Attribute", "binary_labels", "joint_codes", "read_attributes"]
 
@@ -97,6 +98,10 @@ def binary_labels(y: Any) -> tuple[NDArray[Any], NDArray[np.int64]]:
     Raises:
         ValueError: not one column, a missing label, or not exactly two classes.
     """
+    if not isinstance(y, Sequence):
+        y = np.asarray(y)
+        if y.ndim == 2 and y.shape[1] == 1:
+            y = column_or_1d(y, warn=True)  # as scikit-learn's estimators do
     column = _flat(y, "y")
     classes, labels = np.unique(column, return_inverse=True)
     if len(classes) != 2:
