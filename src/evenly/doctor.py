@@ -28,7 +28,8 @@ _OPERATORS: tuple[tuple[str, str, tuple[int, ...], dict[str, Any]], ...] = (
 EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ray": ("run `evenly compare` on a Ray cluster (--engine ray)", ("ray",)),
     "parquet": ("read Parquet files", ("pyarrow",)),
-    "test": ("run the tests", ("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy")),
+    "fair": ("run the claim of bias scoring beside fairlearn's methods", ("fairlearn",)),
+    "test": ("run the tests", ("pytest", "pytest-xdist", "hypothesis", "polars", "ruff", "mypy")),
 }
 
 

@@ -107,8 +107,9 @@ def group_rates(y_true: Any, y_pred: Any, *, sensitive_features: Any) -> GroupRa
         raise ValueError("y_true has no rows, expected at least one.")
     if not np.isin(truth, (0, 1)).all():
         raise ValueError(f"y_true has labels other than 0 and 1, such as {truth[~np.isin(truth, (0, 1))][0]:g}.")
-    if not ((chosen >= 0) & (chosen <= 1)).all():
-        wrong = chosen[~((chosen >= 0) & (chosen <= 1))][0]
+    inside = (chosen >= 0) & (chosen <= 1 + 1e-9)  # a sum of weights may round up
+    if not inside.all():
+        wrong = chosen[~inside][0]
         raise ValueError(f"y_pred has {wrong:g}, expected decisions 0 or 1, or probabilities in [0, 1].")
     (attribute,) = read_attributes(sensitive_features, len(truth))
     agreement = np.where(truth == 1, chosen, 1 - chosen)
