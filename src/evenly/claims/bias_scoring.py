@@ -47,7 +47,7 @@ class _Rows(NamedTuple):
     y: NDArray[Any]
     a: NDArray[Any]
 
-    def __getitem__(self, rows: Any) -> _Rows:  # type: ignore[override]
+    def pick(self, rows: Any) -> _Rows:
         return _Rows(*(np.asarray(part)[rows] for part in (self.x, self.y, self.a)))
 
 
@@ -241,7 +241,8 @@ def _logistic() -> Any:
 def _splits(data: str, seed: int, budget: str) -> Iterator[tuple[_Rows, _Rows, _Rows]]:
     state = np.random.default_rng(seed)
     if data == "synthetic":
-        yield tuple(_people(state, rows) for rows in ROWS[budget])  # type: ignore[misc]
+        train, valid, test = (_people(state, rows) for rows in ROWS[budget])
+        yield train, valid, test
         return
     from sklearn.datasets import load_breast_cancer
 
@@ -249,10 +250,10 @@ def _splits(data: str, seed: int, budget: str) -> Iterator[tuple[_Rows, _Rows, _
     texture = list(bunch.feature_names).index("mean texture")
     column = bunch.data[:, texture]
     rows = _Rows(np.delete(bunch.data, texture, 1), bunch.target, (column > np.median(column)).astype(int))
-    for known, test in KFold(FOLDS, shuffle=True, random_state=seed).split(rows.x):
+    for known, held in KFold(FOLDS, shuffle=True, random_state=seed).split(rows.x):
         strata = 2 * rows.y[known] + rows.a[known]
-        train, valid = train_test_split(known, test_size=0.5, stratify=strata, random_state=seed)
-        yield rows[train], rows[valid], rows[test]
+        first, second = train_test_split(known, test_size=0.5, stratify=strata, random_state=seed)
+        yield rows.pick(first), rows.pick(second), rows.pick(held)
 
 
 def _people(state: np.random.Generator, rows: int) -> _Rows:

@@ -172,7 +172,7 @@ def _lines(problem: Problem, best: _Best, lines: int, random_state: np.random.Ra
             through = random_state.permutation(through)[: lines // 4]
     rest = max(0, lines - 2 * len(through))
     for number in range(rest // 2):
-        direction = random_state.standard_normal(size)
+        direction: Array = np.asarray(random_state.standard_normal(size))
         length = np.linalg.norm(best.z)
         if number % 2 and length > 0:
             direction = best.z / length + direction * 0.5 * 0.02 ** (2 * number / rest)
@@ -183,7 +183,7 @@ def _lines(problem: Problem, best: _Best, lines: int, random_state: np.random.Ra
         for side in (1 - _APART, 1 + _APART):  # the row is not flipped, and is
             yield _sweep(problem, side * problem.c[row] / (g @ g) * g, across)
     for _ in range(rest - rest // 2):
-        yield _sweep(problem, best.z, random_state.standard_normal(size))
+        yield _sweep(problem, best.z, np.asarray(random_state.standard_normal(size)))
 
 
 def _path(problem: Problem, direction: Array) -> _Path:

@@ -705,7 +705,7 @@ def _families(
     listed: list[Any] = [constraints] if isinstance(constraints, str) or _is_pair(constraints) else list(constraints)
     if not listed:
         raise ValueError("constraints is empty, expected at least one, such as 'demographic_parity'.")
-    tols = [tol] * len(listed) if np.ndim(tol) == 0 else list(tol)  # type: ignore[arg-type]
+    tols: list[Any] = list(tol) if isinstance(tol, Sequence | np.ndarray) else [tol] * len(listed)
     if len(tols) != len(listed):
         raise ValueError(f"tol has {len(tols)} numbers for {len(listed)} constraints; expected one for each, or one.")
     found: dict[tuple[_Event, ...], _Family] = {}
