@@ -34,6 +34,7 @@ _SUBMODULES = {
     "models",
     "nn",
     "optim",
+    "stats",
     "weights",
     "workbench",
 }

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import evenly.nn as en
+from evenly.stats import Standardize
 from evenly.weights import WeightStandardization
 
 Shape = tuple[int, ...]
@@ -361,6 +362,30 @@ PARAMETRIZATIONS = (
         catalog="bcn-ws",
     ),
 )
+
+
+def _standardize(name: str, shapes: dict, **more) -> LayerCase:
+    return LayerCase(
+        f"Standardize{name}",
+        "evenly.stats:Standardize",
+        lambda **kw: Standardize(8 if more.get("channel_dim", -1) == -1 else 4, **more, **kw),
+        **shapes,
+        catalog="phi-s",
+        parameters=False,
+        mask=False,
+        residual=False,
+        measures=False,
+        channel_dim=more.get("channel_dim", -1),
+        shows=("channel_dim=", "diagonal="),
+    )
+
+
+STANDARDIZERS = (
+    _standardize("", _TOKENS),
+    _standardize(" (images)", _IMAGES, channel_dim=1),
+    _standardize(" (images, diagonal)", _IMAGES, channel_dim=1, diagonal=True),
+)
+LAYERS = (*LAYERS, *STANDARDIZERS)
 
 
 def covered_objects() -> set[str]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import evenly.models as em
 import evenly.nn as en
+from evenly.stats import MultiTeacherLoss, PHIStandardizer
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,35 @@ class _Projected(nn.Module):
         return self.layers(idx)
 
 
+class _Distilled(nn.Module):
+    """A student's two heads and the objective; the loss of each sample."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.heads = nn.ModuleDict({name: nn.Linear(8, 4) for name in ("a", "b")})
+        features = torch.randn(2, 30, 4)
+        fitted = {name: PHIStandardizer().fit(z * 3) for name, z in zip("ab", features, strict=True)}
+        self.loss = MultiTeacherLoss(fitted, kind=kind)
+        self.register_buffer("features", torch.randn(2, 6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        targets = {name: z.expand(len(x), 6, 4) for name, z in zip("ab", self.features, strict=True)}
+        losses = self.loss.each({name: head(x) for name, head in self.heads.items()}, targets)
+        return losses["a"] + losses["b"]
+
+
 MODULES = (
+    *(
+        ModuleCase(
+            f"MultiTeacherLoss ({kind})",
+            ("evenly.stats:MultiTeacherLoss",),
+            lambda kind=kind: _Distilled(kind),
+            (4, 6, 8),
+            catalog="phi-s",
+            shows=("Standardize(4", f"kind={{'a': '{kind}'"),
+        )
+        for kind in ("mse", "smooth_l1", "cosine", "hybrid")
+    ),
     ModuleCase(
         "QKNormAttention",
         ("evenly.nn:QKNormAttention",),

@@ -15,8 +15,6 @@ from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from sklearn.utils.estimator_checks import check_estimator
-from sklearn.utils.validation import _num_samples
 
 from evenly.fair import (
     BiasScoreClassifier,
@@ -462,21 +460,6 @@ def test_a_frozen_model_is_not_fitted_again():
     np.testing.assert_array_equal(fair.predict(x), both.predict(x))
     mixed = BiasScoreClassifier(frozen.FrozenEstimator(labels), random_state=0).fit(x, y, sensitive_features=group)
     assert mixed.attribute_estimators_[0].coef_.shape == (1, 4)
-
-
-class _GroupFromX(BiasScoreClassifier):
-    """scikit-learn's checks call fit(X, y): the group is then a matter of the row's number."""
-
-    def fit(self, X, y, *, sensitive_features=None):
-        if sensitive_features is None:
-            sensitive_features = np.arange(_num_samples(X)) % 2
-        return super().fit(X, y, sensitive_features=sensitive_features)
-
-
-def test_scikit_learns_checks():
-    outcome = check_estimator(_GroupFromX(LogisticRegression(), tol=1.0, cv=None), on_fail=None)
-    failed = {one["check_name"]: repr(one["exception"]) for one in outcome if one["status"] == "failed"}
-    assert not failed, failed
 
 
 @pytest.mark.parametrize(

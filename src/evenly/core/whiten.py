@@ -32,7 +32,7 @@ from evenly.core.kernels.reference import Groups, accumulate_dtype
 from evenly.core.normalize import _check_input, _checked_mask, _labels
 from evenly.core.patterns import PatternError, Plan, affine_groups, bind, product
 
-__all__ = ["Covariance", "Method", "covariance", "whiten", "whitening_matrix"]
+__all__ = ["Covariance", "Method", "covariance", "principal_axes", "whiten", "whitening_matrix"]
 
 Method = Literal["zca", "cholesky", "pca", "newton"]
 Shrinkage = float | Literal["ledoit-wolf", "oas"]
@@ -174,11 +174,7 @@ def whitening_matrix(cov: Tensor, *, method: Method = "zca", eps: float = 0.0, i
         factor = torch.linalg.cholesky(cov)
         return torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
     if method == "pca":
-        values, vectors = torch.linalg.eigh(cov)
-        values, vectors = values.flip(-1), vectors.flip(-1)
-        # eigenvectors have no sign of their own: make the largest entry of each positive
-        largest = vectors.detach().abs().argmax(dim=-2, keepdim=True)
-        vectors = vectors * torch.sign(vectors.detach().gather(-2, largest))
+        values, vectors = principal_axes(cov)
         return values.clamp(min=torch.finfo(cov.dtype).tiny).rsqrt().unsqueeze(-1) * vectors.mT
     trace = cov.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     # The coupled form is stable where the uncoupled one diverges after it has converged: `sqrt` tends to the
@@ -188,6 +184,23 @@ def whitening_matrix(cov: Tensor, *, method: Method = "zca", eps: float = 0.0, i
         step = 1.5 * eye - 0.5 * (root @ sqrt)
         sqrt, root = sqrt @ step, step @ root
     return root * trace.rsqrt()
+
+
+def principal_axes(cov: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (..., F), largest first, and eigenvectors (..., F, F), in columns, of symmetric matrices.
+
+    An eigenvector has no sign of its own: the largest entry of each is made positive.
+
+    >>> principal_axes(torch.tensor([[1.0, 0.0], [0.0, 4.0]]))
+    (tensor([4., 1.]), tensor([[0., 1.],
+            [1., 0.]]))
+    """
+    values, vectors = torch.linalg.eigh(cov)
+    values, vectors = values.flip(-1), vectors.flip(-1)
+    if not vectors.numel():
+        return values, vectors
+    largest = vectors.detach().abs().argmax(dim=-2, keepdim=True)
+    return values, vectors * torch.sign(vectors.detach().gather(-2, largest))
 
 
 def inverse_sqrt(cov: Tensor) -> Tensor:
