@@ -98,7 +98,7 @@ def walk(eta, f, y, members, tol):
     for t in sorted({round(v, 9) if np.isfinite(v) else v for v in s[s > 0]}, reverse=True):
         decisions = np.where(s >= (t - 1e-8 if np.isfinite(t) else t), 1 - base, base)
         seen.append(outcome(decisions))
-        if seen[-1][1] * sign < 0:
+        if seen[-1][1] * sign < -1e-12:
             break
     inside = [one for one in seen if abs(one[1]) <= tol + 1e-12]
     return (

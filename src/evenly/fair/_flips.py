@@ -1,7 +1,7 @@
 """The search behind :mod:`evenly.fair.bias_scoring`: which decisions to flip.
 
 Every row has a vector of scores g (K,) and a cost c >= 0; a linear rule z flips the rows where ``z . g > c``. What a
-flip changes is known a row: the accuracy by ``gain``, the rate of event e by ``effect[:, e]``. Wanted is the rule, or
+flip changes is known a row: the accuracy by ``gain``, the rate of event e by ``effect[e]``. Wanted is the rule, or
 the mixture of rules, that keeps most accuracy while in each family of events the largest and the smallest rate differ
 by at most the family's tolerance.
 
@@ -40,10 +40,10 @@ class Problem:
         g: (n, K) scores, signed so that a rule flips where ``g @ z > c``.
         c: (n,) costs, at least 0.
         gain: (n,) change of accuracy by the flip of a row.
-        effect: (n, E) change of each event's rate by the flip of a row.
+        effect: (E, n) change of each event's rate by the flip of a row.
         accuracy: without flips.
         rates: (E,) without flips.
-        families: the columns of ``effect`` that each family has; the last of them is the reference.
+        families: the events that each family has, as rows of ``effect``; the last of them is the reference.
         tol: the tolerance of each family.
     """
 
@@ -57,9 +57,14 @@ class Problem:
     tol: Sequence[float]
 
     def violation(self, rates: Array) -> Array:
-        """By how much rates (..., E) exceed the tolerances; negative or 0 where they hold."""
-        worst = [np.ptp(rates[..., family], axis=-1) - tol for family, tol in zip(self.families, self.tol, strict=True)]
-        return np.max(worst, axis=0)
+        """By how much rates (E, ...) exceed the tolerances; negative or 0 where they hold."""
+        worst = []
+        for family, tol in zip(self.families, self.tol, strict=True):
+            high = low = rates[family.start]
+            for event in range(family.start + 1, family.stop):  # few: a reduction over a short axis is slow
+                high, low = np.maximum(high, rates[event]), np.minimum(low, rates[event])
+            worst.append(high - low - tol)
+        return worst[0] if len(worst) == 1 else np.maximum.reduce(worst)
 
     def flips(self, z: Array) -> NDArray[np.bool_]:
         """The rows that a rule flips."""
@@ -68,7 +73,7 @@ class Problem:
     def of(self, z: Array) -> tuple[float, Array]:
         """Accuracy and rates of a rule."""
         chosen = self.flips(z)
-        return self.accuracy + float(self.gain[chosen].sum()), self.rates + self.effect[chosen].sum(0)
+        return self.accuracy + float(self.gain[chosen].sum()), self.rates + self.effect[:, chosen].sum(1)
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ def mixture(problem: Problem) -> Solution:
 
 
 class _Path:
-    """Accuracy (m,) and rates (m, E) of the rules origin + step * direction, for m steps."""
+    """Accuracy (m,) and rates (E, m) of the rules origin + step * direction, for m steps."""
 
     def __init__(
         self, problem: Problem, origin: Array, direction: Array, steps: Array, accuracy: Array, rates: Array
@@ -125,7 +130,7 @@ class _Path:
 
     def first(self, count: int) -> None:
         self.steps, self.accuracy, self.rates, self.excess = (
-            part[:count] for part in (self.steps, self.accuracy, self.rates, self.excess)
+            part[..., :count] for part in (self.steps, self.accuracy, self.rates, self.excess)
         )
 
 
@@ -197,9 +202,19 @@ def _path(problem: Problem, direction: Array) -> _Path:
     ratio, rows = ratio[order], rows[order]
     t = _cuts(ratio)
     place = np.flatnonzero(~np.isnan(t))  # thresholds with that many flips
-    accuracy = problem.accuracy + np.concatenate([[0.0], np.cumsum(problem.gain[rows])])[place]
-    change = np.concatenate([np.zeros((1, len(problem.rates))), np.cumsum(problem.effect[rows], 0)])
-    return _Path(problem, np.zeros(len(direction)), direction, 1 / t[place], accuracy, problem.rates + change[place])
+    accuracy = _running(problem.accuracy, problem.gain[rows])
+    rates = _running(problem.rates, np.take(problem.effect, rows, axis=1))
+    return _Path(
+        problem, np.zeros(len(direction)), direction, 1 / t[place], accuracy[place], np.take(rates, place, axis=1)
+    )
+
+
+def _running(start: Array | float, changes: Array) -> Array:
+    # start, start + the first change, ...: (..., m + 1)
+    total = np.empty((*changes.shape[:-1], changes.shape[-1] + 1))
+    total[..., 0] = start
+    total[..., 1:] = changes
+    return np.cumsum(total, axis=-1, out=total)
 
 
 def _cuts(ratio: Array) -> Array:
@@ -239,18 +254,16 @@ def _sweep(problem: Problem, origin: Array, direction: Array) -> _Path:
             [step[:1] - ends[0], np.where(apart, low + (high - low) / 2, np.nan), step[-1:] + ends[1]]
         )
     place = np.flatnonzero(~np.isnan(step))
-    accuracy = problem.accuracy + problem.gain[start].sum()
-    accuracy = accuracy + np.concatenate([[0.0], np.cumsum(turn * problem.gain[rows])])
-    rates = problem.rates + problem.effect[start].sum(0)
-    change = np.concatenate([np.zeros((1, len(rates))), np.cumsum(turn[:, None] * problem.effect[rows], 0)])
-    return _Path(problem, origin, direction, step[place], accuracy[place], (rates + change)[place])
+    accuracy = _running(problem.accuracy + problem.gain[start].sum(), turn * problem.gain[rows])
+    rates = _running(problem.rates + problem.effect[:, start].sum(1), turn * np.take(problem.effect, rows, axis=1))
+    return _Path(problem, origin, direction, step[place], accuracy[place], np.take(rates, place, axis=1))
 
 
 def _towards_zero(problem: Problem) -> _Path:
     # One score: from no flip on, until the difference of the two rates has changed its sign.
     difference = problem.rates[0] - problem.rates[1]
     path = _path(problem, np.sign(difference)[None])
-    crossed = np.flatnonzero((path.rates[:, 0] - path.rates[:, 1]) * difference < 0)
+    crossed = np.flatnonzero((path.rates[0] - path.rates[1]) * np.sign(difference) < -_FEASIBLE)
     if len(crossed):
         path.first(crossed[0] + 1)
     return path
@@ -261,7 +274,7 @@ def _marginal(problem: Problem, path: _Path) -> Solution:
     # rule, where counting labels makes it more accurate than that.
     best = _Best(problem)
     best.offer(path)
-    difference = path.rates[:, 0] - path.rates[:, 1]
+    difference = path.rates[0] - path.rates[1]
     sign, tol = np.sign(difference[0]), problem.tol[0]
     inside = np.flatnonzero(sign * difference <= tol + _FEASIBLE)
     if not len(inside):
@@ -283,13 +296,13 @@ def _generate(problem: Problem) -> tuple[Solution, list[_Path]]:
     paths: list[_Path] = []
     weights, excess = np.ones(1), np.inf
     for _ in range(_ROUNDS):
-        weights, prices, worth, excess = _master(problem, np.array(accuracy), np.array(rates))
+        weights, prices, worth, excess = _master(problem, np.array(accuracy), np.array(rates).T)
         z = prices[free]
         if not np.any(z):
             break
         path = _path(problem, z)
         paths.append(path)
-        value = path.accuracy - path.rates @ prices
+        value = path.accuracy - prices @ path.rates
         place = int(np.argmax(value))
         rule = path.rule(place)
         found = problem.of(rule)
@@ -310,13 +323,13 @@ def _master(problem: Problem, accuracy: Array, rates: Array) -> tuple[Array, Arr
     from scipy.optimize import linprog
 
     columns, families = len(accuracy), len(problem.families)
-    count = rates.shape[1]
+    count = len(rates)
     owner = np.zeros((count, families))
     for number, family in enumerate(problem.families):
         owner[family, number] = 1
     nothing = np.zeros((count, families))
-    upper = np.hstack([rates.T, -owner, -owner])
-    lower = np.hstack([-rates.T, owner, nothing])
+    upper = np.hstack([rates, -owner, -owner])
+    lower = np.hstack([-rates, owner, nothing])
     answer = linprog(
         np.concatenate([-accuracy, np.zeros(families), np.full(families, _PENALTY)]),
         A_ub=np.vstack([upper, lower]),

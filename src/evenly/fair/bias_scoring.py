@@ -143,7 +143,7 @@ class BiasScoreRule(BaseEstimator):
         *,
         estimate: Literal["empirical", "model"] = "empirical",
         randomize: bool = False,
-        directions: int = 256,
+        directions: int = 64,
         intersect: bool = True,
         random_state: Any = None,
     ) -> None:
@@ -253,17 +253,17 @@ class BiasScoreRule(BaseEstimator):
         sign, c = _sign(eta), np.abs(2 * eta - 1)
         base = eta > 0.5
         events = [event for family in families for event in family.events]
-        member = np.empty((rows, len(events)))
+        member = np.empty((len(events), rows))
         if self.estimate == "model":
             accuracy, gain = float(np.mean(np.maximum(eta, 1 - eta))), -c / rows
-            for column, event in enumerate(events):
-                member[:, column] = event.probability(tables)
+            for place, event in enumerate(events):
+                member[place] = event.probability(tables)
         else:
             right = base == labels
             accuracy, gain = float(np.mean(right)), np.where(right, -1.0, 1.0) / rows
-            for column, event in enumerate(events):
-                member[:, column] = event.holds(labels, self.attributes_)
-        member /= member.sum(0)
+            for place, event in enumerate(events):
+                member[place] = event.holds(labels, self.attributes_)
+        member /= member.sum(1, keepdims=True)
         stops = np.cumsum([len(family.events) for family in families])
         slices = [
             slice(int(stop) - len(family.events), int(stop)) for stop, family in zip(stops, families, strict=True)
@@ -272,9 +272,9 @@ class BiasScoreRule(BaseEstimator):
             g=sign[:, None] * f,
             c=c,
             gain=gain,
-            effect=-sign[:, None] * member,
+            effect=-sign * member,
             accuracy=accuracy,
-            rates=member[base].sum(0),
+            rates=member[:, base].sum(1),
             families=slices,
             tol=[family.tol for family in families],
         )
@@ -383,7 +383,7 @@ class BiasScoreClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         cv: Any = 5,
         estimate: Literal["empirical", "model"] = "empirical",
         randomize: bool = False,
-        directions: int = 256,
+        directions: int = 64,
         intersect: bool = True,
         random_state: Any = None,
     ) -> None:
