@@ -93,7 +93,7 @@ def walk(eta, f, y, members, tol):
         return start
     sign = np.sign(start[1])
     with np.errstate(divide="ignore", invalid="ignore"):
-        s = np.where(f == 0, 0.0, (2 * base - 1) * f / np.abs(2 * eta - 1)) * sign
+        s = np.where(np.abs(f) < 1e-12, 0.0, (2 * base - 1) * f / np.abs(2 * eta - 1)) * sign
     seen = [start]
     for t in sorted({round(v, 9) if np.isfinite(v) else v for v in s[s > 0]}, reverse=True):
         decisions = np.where(s >= (t - 1e-8 if np.isfinite(t) else t), 1 - base, base)

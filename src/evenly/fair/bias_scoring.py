@@ -847,7 +847,10 @@ def _f(families: Sequence[_Family], tables: Sequence[Array], priors: Sequence[Ar
     columns = []
     for family in families:
         ratios = [event.probability(tables) / event.share(priors) for event in family.events]
-        columns += [ratio - ratios[-1] for ratio in ratios[:-1]]
+        for ratio in ratios[:-1]:
+            f = ratio - ratios[-1]
+            # What rounding leaves of 0 would be an infinite score at a coin toss.
+            columns.append(np.where(np.abs(f) <= 1e-12 * np.maximum(ratio, ratios[-1]), 0.0, f))
     return np.stack(columns, 1)
 
 
