@@ -120,15 +120,22 @@ def judge(results: Results) -> Judgement:
     headline = _gains(results, "synthetic", "exponentiated gradient", 0)
     worst = min(gains, key=lambda key: gains[key])
     refuted = min(gain for (_, name, _), gain in gains.items() if name == "exponentiated gradient") < -0.01
+    synthetic = min(gain for (data, *_), gain in gains.items() if data == "synthetic")
     why = (
-        f"The least gain, {gains[worst]:+.4f}, is that over {worst[1]} on {worst[0]} data at tolerance {worst[2]}; on "
-        f"synthetic data the least is {min(gain for (data, *_), gain in gains.items() if data == 'synthetic'):+.4f}. "
-        + (
-            "Exponentiated gradient is ahead by over 0.01, which refutes the claim here."
-            if refuted
-            else "Exponentiated gradient is nowhere ahead by over 0.01, which would refute the claim."
-        )
+        f"The least gain, {gains[worst]:+.4f}, is that over {worst[1]} on {worst[0]} data at tolerance {worst[2]}"
+        f"{' (which refutes the claim there)' if refuted else ''}; on synthetic data the least is {synthetic:+.4f}."
     )
+    if worst[0] == "breast cancer":
+        place = DELTAS.index(worst[2])
+        measured = [
+            statistics.mean(_values(results, worst[0], method, "difference", place))
+            for method in ("bias scoring", worst[1])
+        ]
+        why += (
+            f" The rules for breast cancer are fitted on about 190 rows, where one row moves the rate of its group by "
+            f"0.01, so that a tolerance of {worst[2]} there says little about new rows: measured |D| is "
+            f"{measured[0]:.3f} for bias scoring and {measured[1]:.3f} for {worst[1]}."
+        )
     return Judgement(
         metrics=metrics,
         checks=checks,
