@@ -4,7 +4,9 @@ Takes a trained probabilistic classifier and makes its decisions satisfy demogra
 equalized odds up to a tolerance. Nothing is retrained, and at test time the sensitive attribute is *not* needed, only
 an estimate of :math:`p(A | x)`, which a second model provides. Prefer it to thresholds a group (which need A at test
 time) and to in-processing (which retrains for every tolerance). Where A may be used, it is used
-(``attribute_aware=True``), and the rule becomes a threshold a group.
+(``attribute_aware=True``), and the rule becomes a threshold a group. The price of not knowing A is accuracy where
+:math:`p(A | x)` says little: on COMPAS demographic parity within 0.05 leaves 57 % of the decisions right without, and
+66 % with the race (of 67 %); on Adult both leave 84 % (of 85 %), by ``benchmarks/fair.py``.
 
 With :math:`η(x) = p(Y=1 | x)`, the decision :math:`\hat Y = 1[η > 1/2]` and the cost of flipping it
 :math:`c(x) = |2η(x) - 1|`, a criterion asks of pairs of events :math:`(a_k, b_k)` that
