@@ -30,6 +30,7 @@ _SUBMODULES = {
     "conversion",
     "core",
     "data",
+    "fair",
     "models",
     "nn",
     "optim",

@@ -29,7 +29,8 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ray": ("run `evenly compare` on a Ray cluster (--engine ray)", ("ray",)),
     "docs": ("build the pages", ("mkdocs-material", "mkdocstrings", "latex2mathml")),
     "parquet": ("read Parquet files", ("pyarrow",)),
-    "test": ("run the tests", ("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy")),
+    "fair": ("run the claim of bias scoring beside fairlearn's methods", ("fairlearn",)),
+    "test": ("run the tests", ("pytest", "pytest-xdist", "hypothesis", "polars", "ruff", "mypy")),
 }
 
 

@@ -8,6 +8,7 @@ import inspect
 import pytest
 
 from conformance.cases import covered_objects
+from conformance.estimator_cases import ESTIMATORS
 from conformance.loss_cases import LOSSES, SAMPLERS
 from conformance.module_cases import MODULES
 from conformance.optimizer_cases import OPTIMIZERS
@@ -160,7 +161,8 @@ class TestDone:
     def test_its_classes_are_in_a_conformance_suite(self, row):
         # Functions, such as recalibrate_, have no suite of a kind; their own tests hold them.
         classes = {name for name in row.objects if inspect.isclass(catalog.resolve(name))}
-        covered = covered_objects() | {case.object for case in (*RECURRENT, *OPTIMIZERS, *LOSSES, *SAMPLERS)}
+        rows = (*RECURRENT, *OPTIMIZERS, *LOSSES, *SAMPLERS, *ESTIMATORS)
+        covered = covered_objects() | {case.object for case in rows}
         covered |= {name for case in MODULES for name in case.objects}
         assert classes
         assert classes <= covered, f"give {sorted(classes - covered)} a row in tests/conformance"

@@ -7,7 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.validation import _num_samples
 
+from evenly.fair import BiasScoreClassifier
 from evenly.stats import PHIStandardizer
 
 #: A "transformer" gives `transform`, a "classifier" `predict` (and its `output` may be `predict_proba`).
@@ -54,6 +59,7 @@ class EstimatorCase:
     constant: str | None = None  # message for data with a constant column; None: it is taken
     few: str | None = None  # message for fewer rows than columns; None: they are taken
     refuses: tuple[tuple[dict[str, Any], str], ...] = ()  # settings and a part of the message
+    checked: Callable[[], Any] | None = None  # what scikit-learn's checks get where groups are needed; None: case()
     expected_failures: Mapping[str, str] = field(default_factory=dict)  # scikit-learn's check: why it cannot hold
     accuracy: float = 1e-5  # in float32, relative to the largest output
 
@@ -112,6 +118,49 @@ def _standardizer(method: str, name: str = "", *, settings: Mapping[str, Any] | 
     )
 
 
+_FAIR = (
+    ({"estimator": None}, "estimator is None"),
+    ({"constraints": "parity"}, "the constraint 'parity' is unknown"),
+    ({"tol": -0.1}, "tol=-0.1, expected a difference of rates in [0, 1]"),
+    ({"estimate": "true"}, "estimate='true', expected 'empirical' or 'model'"),
+    ({"directions": -1}, "directions=-1"),
+    ({"cv": 1.5}, "cv=1.5, expected a share"),
+)
+
+
+def _bias_score(name: str, **settings: Any) -> EstimatorCase:
+    # On the rows that the models saw (cv=None), so that the order of the rows does not matter.
+    return EstimatorCase(
+        name,
+        "evenly.fair:BiasScoreClassifier",
+        _grouped,
+        "bias-scoring",
+        kind="classifier",
+        settings={"cv": None, "tol": 0.3, "random_state": 0, "directions": 32, **settings},
+        groups=True,
+        groups_at_predict=settings.get("attribute_aware", False),
+        checked=lambda: _GroupsByRow(LogisticRegression(), **{**_LENIENT, **settings}),
+        few="y has 1 class",  # the labels of three rows
+        refuses=_FAIR,
+    )
+
+
+_LENIENT = {"cv": None, "tol": 1.0}  # the checks want the decisions of a good classifier
+
+
+class _GroupsByRow(BiasScoreClassifier):
+    """For scikit-learn's checks, which give no groups: the group of a row changes every second row."""
+
+    def fit(self, X: Any, y: Any, *, sensitive_features: Any = None) -> BiasScoreClassifier:
+        if sensitive_features is None:
+            sensitive_features = np.arange(_num_samples(X)) // 2 % 2
+        return super().fit(X, y, sensitive_features=sensitive_features)
+
+
+def _grouped(**settings: Any) -> BiasScoreClassifier:
+    return BiasScoreClassifier(**{"estimator": make_pipeline(StandardScaler(), LogisticRegression()), **settings})
+
+
 ESTIMATORS = (
     _standardizer("phi-s", "PHIStandardizer", refuses=_NO_EPS),
     _standardizer("phi-s", "PHIStandardizer (width 6)", features=6),
@@ -123,4 +172,7 @@ ESTIMATORS = (
     _standardizer("cholesky", constant=_SINGULAR, few=_SINGULAR),
     _standardizer("hadamard", constant=_SINGULAR, few=_SINGULAR),
     _standardizer("none", equivariant=False, refuses=_NO_EPS),
+    _bias_score("BiasScoreClassifier"),
+    _bias_score("BiasScoreClassifier (aware)", attribute_aware=True),
+    _bias_score("BiasScoreClassifier (odds)", constraints="equalized_odds"),
 )
