@@ -25,11 +25,11 @@ from evenly.data.domains import (
     domains_for,
     tabular_corruptions,
 )
-from evenly.data.loaders import Dataset, load, match_classes, read_idx
+from evenly.data.loaders import Dataset, load, match_classes, read_frame, read_idx
 from evenly.data.text import TextData, load_text, stdlib_source
 
 __all__ = [
-    "load", "Dataset", "match_classes", "read_idx",
+    "load", "Dataset", "match_classes", "read_frame", "read_idx",
     "corrupt", "corrupt_batch", "CORRUPTIONS", "FAMILIES", "SEVERITIES", "frost_textures", "small_image_scale",
     "corruption_suite", "tabular_corruptions", "corrupt_table", "TABULAR_CORRUPTIONS",
     "DOMAINS", "domains_for", "apply_domain",

@@ -1,0 +1,95 @@
+"""An audit in the terminal: groups, the worst intersections, the finding."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from evenly import terminal
+from evenly.workbench.auditing.measures import Measure
+
+if TYPE_CHECKING:
+    from evenly.workbench.auditing.audit import Audit
+
+__all__ = ["interval", "print_audit", "table_rows"]
+
+_SHOWN = {
+    "binary": ("accuracy", "selection_rate", "tpr", "fpr", "precision", "calibration", "ece"),
+    "multiclass": ("accuracy", "balanced_accuracy", "selection_rate", "tpr", "fpr", "log_loss", "calibration", "ece"),
+    "regression": ("mae", "rmse", "mean_error", "r2"),
+}
+
+
+def interval(measure: Measure, value: float, low: float, high: float) -> str:
+    """A value with its interval.
+
+    >>> from evenly.workbench.auditing import MEASURES
+    >>> interval(MEASURES["accuracy"], 0.8, 0.75, 0.84)
+    '80.0 [75.0, 84.0]'
+    """
+    text = measure.show(value)
+    return text if low != low else f"{text} [{measure.show(low)}, {measure.show(high)}]"
+
+
+def shown(audit: Audit) -> list[Measure]:
+    """The measures of the terminal table, the one that ranks first."""
+    rest = [each for each in audit.measures if each.name in _SHOWN[audit.task] and each.name != audit.rank_by]
+    return [audit.measure, *rest]
+
+
+def table_rows(audit: Audit, frame: Any) -> list[list[str]]:
+    """The cells of a table, one list a row of ``by_group`` or ``by_intersection``."""
+    rows = []
+    for label, row in frame.iterrows():
+        cells = [str(label), f"{row['rows']:,}"]
+        for measure in shown(audit):
+            value = row[measure.name]
+            if measure.name == audit.rank_by:
+                text = interval(measure, value, row[f"{measure.name}_low"], row[f"{measure.name}_high"])
+            else:
+                text = measure.show(value)
+            cells.append(f"{text}{'*' if measure.name in row['differs'] else ' '}")
+        cells.append("empty" if not row["rows"] else "small" if row["small"] else "")
+        rows.append(cells)
+    return rows
+
+
+def print_audit(audit: Audit, limit: int = 10) -> None:
+    """Print an audit; see :meth:`Audit.print`. In a pipe every intersection is printed."""
+    measures = shown(audit)
+    numbers = ["rows", *(each.short for each in measures)]
+    columns = ["group", *numbers, ""]
+    plain = not terminal.interactive()
+    overall = audit.overall.to_frame().T
+    first = table_rows(audit, overall)
+    crossed = audit.by_intersection if plain else audit.by_intersection.head(limit)
+    groups = first + table_rows(audit, audit.by_group)
+    crossing = table_rows(audit, crossed)
+    name = f" of {audit.settings['name']}" if audit.settings["name"] else ""
+    percent = "in %, " if any(each.percent for each in measures) else ""
+    level = f"{100 * audit.settings['confidence']:g} %"
+    title = f"Audit{name}, {percent}worst {audit.measure.title.lower()} first, with its {level} interval"
+    keep = ["group", *numbers]
+    if plain:
+        terminal.table(columns, groups + crossing, header=True)
+    else:
+        styles = ["bold", *("dim" if row[-1] else "" for row in groups[1:])]
+        terminal.table(columns, groups, title=title, nowrap=keep, right=numbers, styles=styles)
+        if crossing:
+            total = len(audit.by_intersection)
+            which = "Intersections" if len(crossing) == total else f"The worst {len(crossing)} of {total} intersections"
+            terminal.table(
+                columns,
+                crossing,
+                title=which,
+                nowrap=keep,
+                right=numbers,
+                styles=["dim" if row[-1] else "" for row in crossing],
+            )
+    entries = [("finding", audit.finding)]
+    entries.append(
+        ("*", f"differs from the rest (all other rows): Holm-adjusted p ≤ {1 - audit.settings['confidence']:.2g}")
+    )
+    if audit.table["small"].any():
+        entries.append(("small", f"fewer than {audit.settings['min_group']} rows: shown after the others"))
+    entries += [("note", note) for note in audit.notes]
+    terminal.pairs("What it says", entries)
