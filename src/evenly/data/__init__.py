@@ -2,7 +2,8 @@
 
 :func:`load` reads a data set by its spec, :func:`corruption_suite` gives its graded corruptions,
 :func:`domains_for` and :func:`apply_domain` its shifted domains, :func:`match_classes` joins it with a second data
-set of the same classes, :func:`load_text` reads a text for language models.
+set of the same classes, :func:`load_text` reads a text for language models. :func:`load_adult` and :func:`load_compas`
+read the two tables on which group methods are judged.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from evenly.data.domains import (
     tabular_corruptions,
 )
 from evenly.data.loaders import Dataset, load, match_classes, read_frame, read_idx
+from evenly.data.tables import GROUP_COLUMNS, load_adult, load_compas
 from evenly.data.text import TextData, load_text, stdlib_source
 
 __all__ = [
@@ -34,4 +36,5 @@ __all__ = [
     "corruption_suite", "tabular_corruptions", "corrupt_table", "TABULAR_CORRUPTIONS",
     "DOMAINS", "domains_for", "apply_domain",
     "load_text", "stdlib_source", "TextData",
+    "load_adult", "load_compas", "GROUP_COLUMNS",
 ]  # fmt: skip
