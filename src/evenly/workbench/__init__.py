@@ -9,8 +9,8 @@ themselves: :func:`run_trial` is a pure function of :class:`TrialSettings`, :cla
 
 from __future__ import annotations
 
-from evenly.workbench.compare import Comparison, compare
 from evenly.workbench.auditing import Audit, audit, audit_table
+from evenly.workbench.compare import Comparison, compare
 from evenly.workbench.engines import Engine, LocalEngine, RayEngine
 from evenly.workbench.metrics import difference, family_means, mpc, rank, rpc, worst_corruption
 from evenly.workbench.store import Store, StoreError
