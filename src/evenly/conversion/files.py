@@ -29,7 +29,15 @@ from evenly.conversion.linear import LINEAR, out_features
 from evenly.conversion.report import Report
 from evenly.conversion.sources import norm_layers
 
-__all__ = ["InputFiles", "build", "call_factory", "load_converted", "load_weights", "save_converted", "write_atomically"]
+__all__ = [
+    "InputFiles",
+    "build",
+    "call_factory",
+    "load_converted",
+    "load_weights",
+    "save_converted",
+    "write_atomically",
+]
 
 _IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 _ARRAYS = {".npy", ".safetensors"}

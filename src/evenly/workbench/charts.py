@@ -325,7 +325,7 @@ def reliability(
             out.append(_text(x(value), height - 8, show(value), "tick", "middle"))
     out.append(_line(x(low), y(low), x(high), y(high), "diagonal"))
     out.append(_path([(x(a), y(b)) for a, b in overall], "line overall", f"all rows, beside {name}"))
-    for a, b, down, up, _ in points:
+    for a, _, down, up, _ in points:
         if down == down:
             out.append(_line(x(a), y(down), x(a), y(up), "ci plain"))
     out.append(_path([(x(a), y(b)) for a, b, *_ in points], "line s0"))

@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence

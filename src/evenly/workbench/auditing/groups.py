@@ -51,7 +51,10 @@ class Grouping:
     def labels(self) -> tuple[str, ...]:
         """The groups, such as ``sex=Female, race=Black``."""
         return tuple(
-            ", ".join(f"{column}={value}" for column, value in zip(self.columns, each, strict=True))
+            ", ".join(
+                f"{column}{'' if value.startswith('<') else '='}{value}"
+                for column, value in zip(self.columns, each, strict=True)
+            )
             for each in self.values
         )
 

@@ -241,8 +241,8 @@ def _skops(file: Path, trust: Sequence[str]) -> Any:
 def _pickle(file: Path, trusted: bool) -> Any:
     if not trusted:
         raise ValueError(
-            f"{file} is a pickle, which can run any code when it is loaded, and was not opened. Save the estimator with "
-            "skops (skops.io.dump), give module:factory, or, if the file is your own, add --trust-pickle"
+            f"{file} is a pickle, which can run any code when it is loaded, and was not opened. Save the estimator "
+            "with skops (skops.io.dump), give module:factory, or, if the file is your own, add --trust-pickle"
         )
     import joblib
 

@@ -5,8 +5,8 @@ With k successes of n, p = k / n and z the normal quantile of the confidence, Wi
     (p + z²/2n ± z sqrt(p (1 - p) / n + z²/4n²)) / (1 + z²/n)
 
 It stays inside [0, 1] and is sensible for k = 0, k = n and small n. What is put together of independent estimates
-takes its interval from theirs ("square and add", Newcombe 1998, doi:10.1002/(SICI)1097-0258(19980430)17:8<873::AID-SIM779>3.0.CO;2-I;
-Zou and Donner 2008, doi:10.1002/sim.3095). For d = Σ w_i p_i with intervals (l_i, u_i)::
+takes its interval from theirs ("square and add", Newcombe 1998, Statistics in
+Medicine 17:873; Zou and Donner 2008, doi:10.1002/sim.3095). For d = Σ w_i p_i with intervals (l_i, u_i)::
 
     low = d - sqrt(Σ (w_i p_i - min(w_i l_i, w_i u_i))²)      high = d + sqrt(Σ (max(w_i l_i, w_i u_i) - w_i p_i)²)
 

@@ -130,7 +130,7 @@ MEASURES: dict[str, Measure] = dict(
         ),
         _measure(
             "ece", "Expected calibration error", "ECE", "lower", "sums", True, False, None,
-            "Mean over 10 bins of probability of the distance to the true rate. It is larger in small groups by its nature.",
+            "Mean over 10 bins of probability of the distance to the true rate; larger in small groups by nature.",
         ),
         _measure(
             "mean_target", "Mean target", "mean y", "none", "sums", False, False, None, "Mean of the targets."

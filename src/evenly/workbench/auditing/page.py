@@ -39,6 +39,7 @@ def render(audit: Audit, command: str | None = None) -> str:
     return template("audit.html.j2").render(
         audit=audit,
         settings=audit.settings,
+        finding=audit.finding.replace(" %", "\N{NO-BREAK SPACE}%"),
         date=datetime.now().strftime("%d %B %Y, %H:%M"),
         percent=f"{100 * audit.settings['confidence']:g} %",
         level=f"{1 - audit.settings['confidence']:.2g}",
@@ -164,8 +165,8 @@ def _best(audit: Audit, measures: list[Measure]) -> list[dict[str, Any]]:
                 {
                     "grouping": grouping,
                     "measure": measure.title,
-                    "best": f"{worst['best'].partition('=')[2]} {measure.show(worst['value'] - worst['difference_to_best'])}",
-                    "worst": f"{worst['group'].partition('=')[2]} {measure.show(worst['value'])}",
+                    "best": f"{worst['best']}: {measure.show(worst['value'] - worst['difference_to_best'])}",
+                    "worst": f"{worst['group']}: {measure.show(worst['value'])}",
                     "difference": measure.show(worst["difference_to_best"], signed=True),
                     "ratio": "–" if ratio != ratio else f"{ratio:.2f}",
                     "sort": [_sortable(worst["difference_to_best"]), _sortable(ratio)],
