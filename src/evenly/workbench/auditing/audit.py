@@ -533,12 +533,13 @@ class _Part:
             zero = np.zeros_like(self.sums)
             return _Part(0, share, zero, zero, zero, np.zeros_like(self.boot))
         counts = np.array([part.n for part in parts], float)[:, None]
-        sums = sum(part.sums for part in parts)
+        sums: Array = np.sum([part.sums for part in parts], 0)
         with np.errstate(invalid="ignore"):
-            mean = sums / max(n, 1)
+            mean: Array = sums / max(n, 1)
             spread = np.stack([part.var for part in parts]) + (np.stack([part.mean for part in parts]) - mean) ** 2
-            var = np.where(counts > 0, counts * spread, 0.0).sum(0) / max(n, 1)
-        return _Part(n, share, sums, mean, var, sum(part.boot for part in parts))
+            var: Array = np.where(counts > 0, counts * spread, 0.0).sum(0) / max(n, 1)
+        boot: Array = np.sum([part.boot for part in parts], 0)
+        return _Part(n, share, sums, mean, var, boot)
 
 
 def _parts(problem: Problem, grouping: Grouping, resamples: int, seed: int) -> list[_Part]:
@@ -551,7 +552,10 @@ def _parts(problem: Problem, grouping: Grouping, resamples: int, seed: int) -> l
     always = np.ones(n, bool)
     values = np.column_stack([*(problem.shares[name][0].astype(float) for name in names), problem.terms])
     count = len(names)
-    masks = [always if problem.shares[name][1] is None else problem.shares[name][1] for name in names]
+    masks: list[Array] = []
+    for name in names:
+        counted = problem.shares[name][1]
+        masks.append(always if counted is None else counted)
     mask = np.column_stack([*masks, *[always] * problem.terms.shape[1]])
     g = len(grouping.values)
     found = moments(
@@ -589,7 +593,7 @@ def _evaluate(
     rows = []
     for index, part in enumerate(parts):
         rest = part.join([other for place, other in enumerate(parts) if place != index])
-        drawn, drawn_rest = (problem.from_sums(each.boot, np.float64(each.n)) for each in (part, rest))
+        drawn, drawn_rest = (problem.from_sums(each.boot, np.asarray(each.n, float)) for each in (part, rest))
         for measure in problem.measures:
             own = _estimate(problem, measure, part, drawn, confidence)
             other = _estimate(problem, measure, rest, drawn_rest, confidence)
@@ -635,7 +639,7 @@ def _estimate(problem: Problem, measure: Measure, part: _Part, drawn: dict[str, 
         recall = pairs[:, 0] / pairs[:, 1]
         ends = combine(recall, *wilson(pairs[:, 0], pairs[:, 1], confidence), np.full(len(pairs), 1 / len(pairs)))
         return float(recall.mean()), float(ends[0]), float(ends[1])
-    value = float(problem.from_sums(part.sums, np.float64(part.n))[measure.name])
+    value = float(problem.from_sums(part.sums, np.asarray(part.n, float))[measure.name])
     if part.n < 2 or not np.isfinite(value):
         return value, math.nan, math.nan
     if measure.name == "ece":

@@ -7,6 +7,7 @@ sorted by click and by keyboard, and there is a light and a dark scheme.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,7 @@ def _chart(audit: Audit, frame: Any, measure: Measure) -> Markup:
     longest = max(len(row.name) for row in rows)
     title = f"{measure.title} by group, worst first, with intervals"
     return Markup(
-        charts.intervals(title, rows, float(whole[name]), _axis(measure), min(430, max(120, 7.0 * longest + 40)))
+        charts.intervals(title, rows, float(whole[name]), _axis(measure), min(440, max(120, 7.7 * longest + 26)))
     )
 
 
@@ -183,7 +184,7 @@ def _curves(audit: Audit) -> list[tuple[str, str, Markup]]:
     if audit.task == "regression":
         ends = frame[["predicted", "true"]].to_numpy()
         low, high = float(ends.min()), float(ends.max())
-        show = "{:.3g}".format
+        show: Callable[[float], str] = "{:.3g}".format
     else:
         low, high, show = 0.0, 1.0, _share
     overall = [(row["predicted"], row["true"]) for row in frame[frame["level"] == 0].to_dict("records")]
