@@ -791,15 +791,12 @@ def _finding(table: Any, measure: Measure, measures: Mapping[str, Measure], sett
     differ = table[table["differs"]]["group"].nunique()
     level = f"{100 * (1 - settings['confidence']):g} %"
     single = table["level"].max() == 1
+    small = int(groups["small"].sum())
     kinds = "groups" if single else "groups and intersections"
     said.append(
         f"Of {len(groups)} {kinds}, {differ} {'differs' if differ == 1 else 'differ'} from the rest in at least one "
         f"measure (Holm over {settings['tests']} tests, {level})"
-        + (
-            f"; {int(groups['small'].sum())} have fewer than {settings['min_group']} rows."
-            if groups["small"].any()
-            else "."
-        )
+        + (f"; {small} {'has' if small == 1 else 'have'} fewer than {settings['min_group']} rows." if small else ".")
     )
     return " ".join(said)
 
