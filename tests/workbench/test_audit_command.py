@@ -327,3 +327,24 @@ def test_the_terminal_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     found.print()
     printed = "\n".join(line.rstrip() for line in capsys.readouterr().out.splitlines())
     assert printed == SNAPSHOT.rstrip()
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_no_number_is_cut_on_a_narrow_terminal(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], table: pd.DataFrame
+) -> None:
+    long = table.assign(background=np.where(table["sex"] == "f", "a long name of a group", "another long name"))
+    found = audit_table(
+        long, target="paid", groups="background,region", score="score", positive="yes", resamples=100, name="toy"
+    )
+    monkeypatch.setattr(terminal, "interactive", lambda stream=None: True)
+    monkeypatch.setenv("COLUMNS", str(width))
+    found.print()
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= width
+    assert "…" not in printed
+    row = found.by_group.iloc[0]
+    assert f"{100 * row['accuracy']:.1f} [{100 * row['accuracy_low']:.1f}, {100 * row['accuracy_high']:.1f}]" in printed
+    left_out = " ".join(printed.split()).partition("left out for want of width: ")[2].partition(";")[0].split(", ")
+    for measure, short in (("selection_rate", "selected"), ("tpr", "TPR"), ("precision", "precision")):
+        assert (short in left_out) != (f"{100 * row[measure]:.1f}" in printed), measure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING, Any
 
 from evenly import terminal
@@ -17,6 +18,8 @@ _SHOWN = {
     "multiclass": ("accuracy", "balanced_accuracy", "selection_rate", "tpr", "fpr", "log_loss", "calibration", "ece"),
     "regression": ("mae", "rmse", "mean_error", "r2"),
 }
+
+_NAME = 24
 
 
 def interval(measure: Measure, value: float, low: float, high: float) -> str:
@@ -54,42 +57,57 @@ def table_rows(audit: Audit, frame: Any) -> list[list[str]]:
 
 
 def print_audit(audit: Audit, limit: int = 10) -> None:
-    """Print an audit; see :meth:`Audit.print`. In a pipe every intersection is printed."""
-    measures = shown(audit)
-    numbers = ["rows", *(each.short for each in measures)]
-    columns = ["group", *numbers, ""]
+    """Print an audit; see :meth:`Audit.print`. In a pipe every intersection is printed.
+
+    Where the terminal is too narrow for all measures, the last ones are left out, and a line says which.
+    """
     plain = not terminal.interactive()
-    overall = audit.overall.to_frame().T
-    first = table_rows(audit, overall)
+    measures = shown(audit)
+    columns = ["group", "rows", *(each.short for each in measures), ""]
     crossed = audit.by_intersection if plain else audit.by_intersection.head(limit)
-    groups = first + table_rows(audit, audit.by_group)
+    groups = table_rows(audit, audit.overall.to_frame().T) + table_rows(audit, audit.by_group)
     crossing = table_rows(audit, crossed)
     name = f" of {audit.settings['name']}" if audit.settings["name"] else ""
     percent = "in %, " if any(each.percent for each in measures) else ""
     level = f"{100 * audit.settings['confidence']:g} %"
     title = f"Audit{name}, {percent}worst {audit.measure.title.lower()} first, with its {level} interval"
-    keep = ["group", *numbers]
+    entries = [("finding", audit.finding)]
     if plain:
         terminal.table(columns, groups + crossing, header=True)
     else:
+        keep = _fitting(columns, groups + crossing, shutil.get_terminal_size().columns)
+        left_out = [column for place, column in enumerate(columns) if place not in keep]
+        columns, groups, crossing = (
+            [columns[place] for place in keep],
+            *([[row[place] for place in keep] for row in rows] for rows in (groups, crossing)),
+        )
+        numbers = columns[1:-1]
         styles = ["bold", *("dim" if row[-1] else "" for row in groups[1:])]
-        terminal.table(columns, groups, title=title, nowrap=keep, right=numbers, styles=styles)
+        terminal.table(columns, groups, title=title, nowrap=numbers, right=numbers, styles=styles)
         if crossing:
             total = len(audit.by_intersection)
             which = "Intersections" if len(crossing) == total else f"The worst {len(crossing)} of {total} intersections"
-            terminal.table(
-                columns,
-                crossing,
-                title=which,
-                nowrap=keep,
-                right=numbers,
-                styles=["dim" if row[-1] else "" for row in crossing],
-            )
-    entries = [("finding", audit.finding)]
-    entries.append(
-        ("*", f"differs from the rest (all other rows): Holm-adjusted p ≤ {1 - audit.settings['confidence']:.2g}")
-    )
+            styles = ["dim" if row[-1] else "" for row in crossing]
+            terminal.table(columns, crossing, title=which, nowrap=numbers, right=numbers, styles=styles)
+        if left_out:
+            entries.append(("note", f"left out for want of width: {', '.join(left_out)}; --out and --json have them"))
+    level = f"{1 - audit.settings['confidence']:.2g}"
+    entries.append(("*", f"differs from the rest (all other rows): Holm-adjusted p ≤ {level}"))
     if audit.table["small"].any():
         entries.append(("small", f"fewer than {audit.settings['min_group']} rows: shown after the others"))
     entries += [("note", note) for note in audit.notes]
     terminal.pairs("What it says", entries)
+
+
+def _fitting(columns: list[str], rows: list[list[str]], width: int) -> list[int]:
+    # The columns that fit: group (which may be wrapped), rows, the ranked measure, what else there is room for, notes.
+    need = [max(len(cell) for cell in cells) + 3 for cells in zip(columns, *rows, strict=True)]
+    need[0] = min(need[0], max(_NAME, width // 3))
+    keep, last = [0, 1, 2], len(columns) - 1
+    used = sum(need[place] for place in (*keep, last))
+    for place in range(3, last):
+        if used + need[place] > width:
+            break
+        keep.append(place)
+        used += need[place]
+    return [*keep, last]
