@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["interval", "print_audit", "table_rows"]
 
 _SHOWN = {
-    "binary": ("accuracy", "selection_rate", "tpr", "fpr", "precision", "calibration", "ece"),
+    "binary": ("accuracy", "selection_rate", "tpr", "fpr", "calibration", "precision", "ece"),
     "multiclass": ("accuracy", "balanced_accuracy", "selection_rate", "tpr", "fpr", "log_loss", "calibration", "ece"),
     "regression": ("mae", "rmse", "mean_error", "r2"),
 }
