@@ -27,8 +27,10 @@ _OPERATORS: tuple[tuple[str, str, tuple[int, ...], dict[str, Any]], ...] = (
 #: What each extra adds, and the packages that it installs.
 EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ray": ("run `evenly compare` on a Ray cluster (--engine ray)", ("ray",)),
+    "docs": ("build the pages", ("mkdocs-material", "mkdocstrings", "latex2mathml")),
+    "audit": ("read .skops files (evenly audit --model FILE.skops)", ("skops",)),
     "parquet": ("read Parquet files", ("pyarrow",)),
-    "test": ("run the tests", ("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy")),
+    "test": ("run the tests", ("pytest", "pytest-xdist", "hypothesis", "fairlearn", "ruff", "mypy")),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -103,7 +104,7 @@ def test_doctor_knows_every_extra():
         import tomllib
     project = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text())["project"]
     for extra, requirements in project["optional-dependencies"].items():
-        names = [requirement.split(">=")[0] for requirement in requirements if not requirement.startswith("evenly")]
+        names = [re.split(r"[\[>=;]", name)[0].strip() for name in requirements if not name.startswith("evenly")]
         assert list(doctor.EXTRAS[extra][1]) == names
 
 

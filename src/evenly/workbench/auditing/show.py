@@ -35,8 +35,11 @@ def interval(measure: Measure, value: float, low: float, high: float) -> str:
 
 def shown(audit: Audit) -> list[Measure]:
     """The measures of the terminal table, the one that ranks first."""
-    rest = [each for each in audit.measures if each.name in _SHOWN[audit.task] and each.name != audit.rank_by]
-    return [audit.measure, *rest]
+    measured = {each.name: each for each in audit.measures}
+    return [
+        audit.measure,
+        *(measured[name] for name in _SHOWN[audit.task] if name in measured and name != audit.rank_by),
+    ]
 
 
 def table_rows(audit: Audit, frame: Any) -> list[list[str]]:

@@ -61,6 +61,7 @@ class Entry:
         "signs",
         "spec",
         "stats_dtype",
+        "stats_like",
         "stats_shape",
         "weight_dtype",
         "weight_shape",
@@ -91,6 +92,8 @@ class Entry:
         self.weight_shape = None if weight is None else weight.shape
         self.stats_dtype = reference.accumulate_dtype(dtype)
         self.stats_shape = (3, lowered.sizes[0] * lowered.sizes[2])
+        # One number seen through strides of 0: to allocate like it is cheaper than from a shape and a dtype.
+        self.stats_like = torch.empty(1, dtype=self.stats_dtype).expand(self.stats_shape)
         self.layout = module.Layout(
             *lowered.sizes,
             *index,
@@ -438,9 +441,7 @@ def quick(
         return None
     if entry is None or not _ordinary():
         return None
-    if (weight is not None and not _is_parameter(weight, entry)) or (
-        bias is not None and not _is_parameter(bias, entry)
-    ):
+    if not (weight is None or _is_parameter(weight, entry)) or not (bias is None or _is_parameter(bias, entry)):
         return None
     if residual is not None and (
         residual.shape != entry.shape
@@ -504,7 +505,7 @@ class _Normalize(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, spec: Any
     ) -> Any:
         entry, given, want_stats, running = ctx.spec = spec
-        stats = torch.empty(entry.stats_shape, dtype=entry.stats_dtype)
+        stats = torch.empty_like(entry.stats_like)
         bits = torch.empty(entry.signs, dtype=torch.uint8) if entry.signs else None
         moments = entry.empty_moments() if want_stats else None
         laid = None if residual is None else entry.like(residual, x)
