@@ -3,7 +3,7 @@
     evenly audit --model examples.adult:factory --data adult:DIR --groups sex,race,age:25,45,65 --out audit.html
 
 DIR holds ``adult.data`` and ``adult.test``, plain or gzipped; the factory reads them from the folder ``adult`` in the
-folder that the environment variable ``EVENLY_DATA`` names. Training takes about two seconds.
+folder that the environment variable ``EVENLY_DATA`` names. Training takes about a second.
 """
 
 from __future__ import annotations
