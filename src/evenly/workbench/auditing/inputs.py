@@ -213,8 +213,8 @@ def labels_like(data: AuditData, target: str | None, names: Sequence[str]) -> li
     """Classes that were written as text, as the values of the target that print alike.
 
     >>> import pandas as pd
-    >>> labels_like(AuditData(pd.DataFrame({"y": [2, 1]}), ""), "y", ["2", "1", "x"])
-    [2, 1, 'x']
+    >>> labels_like(AuditData(pd.DataFrame({"y": [2, 1]}), ""), "y", ["2", "1", "x"]) == [2, 1, "x"]
+    True
     """
     column = data.target if target is None else target
     known = {text_of(value): value for value in data.frame[column].unique()} if column in data.frame.columns else {}

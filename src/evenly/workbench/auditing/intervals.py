@@ -101,7 +101,7 @@ def ratio(first: tuple[float, float, float], second: tuple[float, float, float])
     The ratio is NaN where the second value is 0; the upper end is infinite where the second may be 0.
 
     >>> print("{:.2f} {:.2f} {:.2f}".format(*ratio((0.4, 0.3, 0.5), (0.8, 0.7, 0.9))))
-    0.50 0.37 0.64
+    0.50 0.37 0.65
     """
     (p, l1, u1), (q, l2, u2) = first, second
     if not q > 0 or any(v != v for v in (*first, *second)):
@@ -151,8 +151,9 @@ def bootstrap_sums(terms: Array, resamples: int, seed: int, label: str) -> Array
 def percentile(samples: Array, confidence: float) -> tuple[float, float]:
     """The percentile interval of resampled values; NaN where too many of them are undefined (:data:`UNDEFINED`).
 
-    >>> percentile(np.arange(101.0), 0.9)
-    (5.0, 95.0)
+    >>> low, high = percentile(np.arange(101.0), 0.9)
+    >>> print(f"{low:.1f} {high:.1f}")
+    5.0 95.0
     """
     defined = samples[np.isfinite(samples)]
     if not len(samples) or len(defined) < (1 - UNDEFINED) * len(samples):
@@ -181,7 +182,7 @@ def exact_test(k: int, n: int, k_rest: int, n_rest: int) -> float:
     """Fisher's exact test that two proportions are the same, two-sided; NaN where one of them has no rows.
 
     >>> print(f"{exact_test(1, 10, 9, 12):.4f}")
-    0.0075
+    0.0037
     """
     if not n or not n_rest:
         return np.nan
