@@ -273,32 +273,35 @@ def audit(
     import shlex
     import sys
 
+    from evenly import terminal
     from evenly.workbench import auditing
 
     with _usage(ValueError, TypeError, OSError, ImportError):
         read = auditing.read_data(data)
-        result = auditing.audit_table(
-            read,
-            target=target,
-            groups=groups,
-            model=None
-            if model is None
-            else auditing.load_model(model, weights, trust=trust or (), trust_pickle=trust_pickle),
-            prediction=prediction,
-            score=score,
-            positive=positive,
-            threshold=threshold,
-            task=task,
-            classes=None if classes is None else auditing.labels_like(read, target, _commas(classes)),
-            features=None if features is None else _commas(features),
-            outputs=outputs,
-            intersections=intersections,
-            min_group=min_group,
-            confidence=confidence,
-            rank_by=rank_by,
-            resamples=resamples,
-            seed=seed,
-        )
+        with terminal.progress() as report:
+            result = auditing.audit_table(
+                read,
+                target=target,
+                groups=groups,
+                model=None
+                if model is None
+                else auditing.load_model(model, weights, trust=trust or (), trust_pickle=trust_pickle),
+                prediction=prediction,
+                score=score,
+                positive=positive,
+                threshold=threshold,
+                task=task,
+                classes=None if classes is None else auditing.labels_like(read, target, _commas(classes)),
+                features=None if features is None else _commas(features),
+                outputs=outputs,
+                intersections=intersections,
+                min_group=min_group,
+                confidence=confidence,
+                rank_by=rank_by,
+                resamples=resamples,
+                seed=seed,
+                progress=report,
+            )
         if out is not None:
             result.to_html(out, command=shlex.join(["evenly", *sys.argv[1:]]))
         if json is not None:

@@ -24,7 +24,7 @@ Means of groups are :func:`evenly.moments` with ``by=`` the groups.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -162,6 +162,7 @@ def audit(
     seed: int = 0,
     rank_by: str | None = None,
     name: str = "",
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Audit:
     """Measure a model by group and intersection, worst group first.
 
@@ -186,6 +187,7 @@ def audit(
         seed: of the bootstrap.
         rank_by: a measure of :data:`evenly.workbench.auditing.MEASURES`; default accuracy, or MAE.
         name: of the model or data, for the report.
+        progress: called with what is being measured, how many groupings are done, and of how many.
 
     Raises:
         ValueError: lengths that differ, missing or infinite targets, predictions or scores, labels that do not fit, a
@@ -229,7 +231,9 @@ def audit(
     every = [Grouping((), np.zeros(len(truth), np.int64), ((),)), *groupings(columns, bins or {}, intersections)]
     notes = [*notes, *problem.notes, *(note for grouping in every for note in grouping.notes)]
     rows: list[dict[str, Any]] = []
-    for grouping in every:
+    for done, grouping in enumerate(every):
+        if progress is not None:
+            progress(grouping.name or ALL, done, len(every))
         rows += _evaluate(problem, grouping, min_group, confidence, resamples, seed)
     adjusted = holm([row["p"] for row in rows])
     level = 1 - confidence
