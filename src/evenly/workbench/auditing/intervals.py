@@ -44,7 +44,7 @@ Array = np.ndarray[Any, Any]
 UNDEFINED = 0.05
 """No interval is given where a measure is undefined in more than this share of the resamples."""
 
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 
 
 def wilson(successes: Any, count: Any, confidence: float = 0.95) -> tuple[Array, Array]:
