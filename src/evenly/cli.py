@@ -231,6 +231,87 @@ def compare(
         )
 
 
+@app.command()
+def audit(
+    data: Annotated[
+        str, typer.Option(help="FILE.csv, FILE.parquet, adult:DIR, compas:DIR or folder:DIR (images and groups.csv).")
+    ],
+    groups: Annotated[str, typer.Option(help="Columns with commas between; numbers with bins: sex,age:25,45,65.")],
+    target: Annotated[
+        str | None, typer.Option(help="Column of targets. [adult, compas: target; folder: class]", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="module:factory, a .skops file, or a pickle with --trust-pickle.")
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="State dict of a PyTorch model, such as in.safetensors.")] = None,
+    prediction: Annotated[str | None, typer.Option(help="Column of predictions, instead of a model.")] = None,
+    score: Annotated[str | None, typer.Option(help="Column of scores of the positive class.")] = None,
+    positive: Annotated[str | None, typer.Option(help="The positive value of the target. [0/1: 1]")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Scores from here on are predicted positive.")] = None,
+    task: Annotated[str | None, typer.Option(help="binary, multiclass or regression. [default: by the target]")] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="Classes in the order of a network's outputs. [default: sorted]")
+    ] = None,
+    features: Annotated[
+        str | None, typer.Option(help="Columns that the model reads. [default: those it was fitted on]")
+    ] = None,
+    outputs: Annotated[str, typer.Option(help="What a network gives: logits or probabilities.")] = "logits",
+    intersections: Annotated[int, typer.Option(min=1, help="Up to how many columns are crossed; 1: none.")] = 2,
+    min_group: Annotated[int, typer.Option(min=1, help="Groups of fewer rows are flagged as small.")] = 30,
+    confidence: Annotated[float, typer.Option(help="Of the intervals; the tests' level is 1 minus this.")] = 0.95,
+    rank_by: Annotated[
+        str | None, typer.Option(help="The measure that says what is worst. [default: accuracy, mae]")
+    ] = None,
+    resamples: Annotated[int, typer.Option(min=100, help="Of the bootstrap.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write the report here (.html).")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write everything here, as JSON.")] = None,
+    trust: Annotated[list[str] | None, typer.Option(help="A type that a .skops file may hold.")] = None,
+    trust_pickle: Annotated[bool, typer.Option("--trust-pickle", help="Unpickle: only files you made.")] = False,
+) -> None:
+    """How well does a model serve each group? Accuracy, calibration and selection rates, worst group first."""
+    import shlex
+    import sys
+
+    from evenly import terminal
+    from evenly.workbench import auditing
+
+    with _usage(ValueError, TypeError, OSError, ImportError):
+        read = auditing.read_data(data)
+        with terminal.progress() as report:
+            result = auditing.audit_table(
+                read,
+                target=target,
+                groups=groups,
+                model=None
+                if model is None
+                else auditing.load_model(model, weights, trust=trust or (), trust_pickle=trust_pickle),
+                prediction=prediction,
+                score=score,
+                positive=positive,
+                threshold=threshold,
+                task=task,
+                classes=None if classes is None else auditing.labels_like(read, target, _commas(classes)),
+                features=None if features is None else _commas(features),
+                outputs=outputs,
+                intersections=intersections,
+                min_group=min_group,
+                confidence=confidence,
+                rank_by=rank_by,
+                resamples=resamples,
+                seed=seed,
+                progress=report,
+            )
+        if out is not None:
+            result.to_html(out, command=shlex.join(["evenly", *sys.argv[1:]]))
+        if json is not None:
+            result.to_json(json)
+    result.print()
+    for file in (out, json):
+        if file is not None:
+            typer.echo(f"written: {file}", err=True)
+
+
 @contextlib.contextmanager
 def _usage(*errors: type[Exception]) -> Iterator[None]:
     # A wrong argument ends with its message and exit code 2, without a traceback.

@@ -28,6 +28,7 @@ _OPERATORS: tuple[tuple[str, str, tuple[int, ...], dict[str, Any]], ...] = (
 EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ray": ("run `evenly compare` on a Ray cluster (--engine ray)", ("ray",)),
     "docs": ("build the pages", ("mkdocs-material", "mkdocstrings", "latex2mathml")),
+    "audit": ("read .skops files (evenly audit --model FILE.skops)", ("skops",)),
     "parquet": ("read Parquet files", ("pyarrow",)),
     "fair": ("run the claim of bias scoring beside fairlearn's methods", ("fairlearn",)),
     "test": ("run the tests", ("pytest", "pytest-xdist", "hypothesis", "polars", "ruff", "mypy")),

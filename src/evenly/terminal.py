@@ -2,7 +2,7 @@
 
 On a terminal :func:`table` draws a rich table; in a pipe it writes the same rows as tab-separated lines, so that
 ``evenly list | cut -f1`` works. :func:`progress` shows a bar with the time left on a terminal and nothing in a
-pipe. Only the command line uses this module.
+pipe. The commands use this module; what only computes does not.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TextIO
+from typing import Literal, TextIO
 
 __all__ = ["interactive", "pairs", "progress", "table"]
 
@@ -29,22 +29,26 @@ def table(
     *,
     title: str | None = None,
     nowrap: Sequence[str] = (),
+    right: Sequence[str] = (),
     styles: Sequence[str] | None = None,
+    header: bool = False,
 ) -> None:
     """Print rows of text to standard output: a rich table on a terminal, tab-separated lines in a pipe.
 
     Args:
-        columns: the names of the columns; in a pipe they are left out, as every line is a row.
+        columns: the names of the columns; in a pipe they are left out, as every line is a row, unless ``header``.
         rows: one sequence of cells a row, as long as ``columns``.
         title: printed above the table on a terminal.
         nowrap: the columns that must stay on one line.
+        right: the columns that are aligned to the right.
         styles: a rich style a row, such as ``"green"`` or ``""``.
+        header: in a pipe, write the names of the columns as the first line.
     """
     for row in rows:
         if len(row) != len(columns):
             raise ValueError(f"a row has {len(row)} cells; expected {len(columns)} for {list(columns)}: {list(row)}")
     if not interactive():
-        for row in rows:
+        for row in [columns, *rows] if header else rows:
             print("\t".join(" ".join(cell.split()) for cell in row))
         return
     from rich import box
@@ -54,7 +58,8 @@ def table(
 
     drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        drawn.add_column(column, no_wrap=column in nowrap, overflow="fold")
+        justify: Literal["left", "right"] = "right" if column in right else "left"
+        drawn.add_column(column, no_wrap=column in nowrap, overflow="fold", justify=justify)
     for number, row in enumerate(rows):
         drawn.add_row(*(Text(cell) for cell in row), style=styles[number] if styles else None)
     Console().print(drawn)

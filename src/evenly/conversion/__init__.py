@@ -6,6 +6,7 @@ from evenly.conversion.convert import convert
 from evenly.conversion.files import (
     InputFiles,
     build,
+    call_factory,
     load_converted,
     load_weights,
     save_converted,
@@ -16,5 +17,5 @@ from evenly.conversion.report import Agreement, Report, Row
 
 __all__ = [
     "convert", "Calibration", "Refinement", "Report", "Row", "Agreement", "ChannelAffine",
-    "load_converted", "save_converted", "load_weights", "InputFiles", "build", "write_atomically",
+    "load_converted", "save_converted", "load_weights", "InputFiles", "build", "call_factory", "write_atomically",
 ]  # fmt: skip

@@ -29,17 +29,25 @@ from evenly.conversion.linear import LINEAR, out_features
 from evenly.conversion.report import Report
 from evenly.conversion.sources import norm_layers
 
-__all__ = ["InputFiles", "build", "load_converted", "load_weights", "save_converted", "write_atomically"]
+__all__ = [
+    "InputFiles",
+    "build",
+    "call_factory",
+    "load_converted",
+    "load_weights",
+    "save_converted",
+    "write_atomically",
+]
 
 _IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 _ARRAYS = {".npy", ".safetensors"}
 
 
-def build(spec: str) -> nn.Module:
-    """The network that ``module:factory`` gives; the current folder is searched too.
+def call_factory(spec: str) -> Any:
+    """What ``module:factory`` gives, called without arguments; the current folder is searched too.
 
     Raises:
-        ValueError: the spec has another form, the module or the factory is not there, no network comes back.
+        ValueError: the spec has another form, the module or the factory is not there.
     """
     module_name, _, factory = spec.partition(":")
     if not module_name or not factory:
@@ -52,7 +60,16 @@ def build(spec: str) -> nn.Module:
         raise ValueError(f"--model {spec!r}: {error}.") from error
     if not callable(getattr(module, factory, None)):
         raise ValueError(f"--model {spec!r}: {module_name} has no callable named {factory!r}.")
-    model = getattr(module, factory)()
+    return getattr(module, factory)()
+
+
+def build(spec: str) -> nn.Module:
+    """The network that ``module:factory`` gives; see :func:`call_factory`.
+
+    Raises:
+        ValueError: also if no network comes back.
+    """
+    model = call_factory(spec)
     if not isinstance(model, nn.Module):
         raise ValueError(f"--model {spec!r} gave a {type(model).__name__}, expected a torch.nn.Module.")
     return model

@@ -27,12 +27,12 @@ from evenly.data.domains import (
     tabular_corruptions,
 )
 from evenly.data.groups import GroupedDataset, coloured_digits
-from evenly.data.loaders import Dataset, load, match_classes, read_idx
+from evenly.data.loaders import Dataset, load, match_classes, read_frame, read_idx
 from evenly.data.tables import GROUP_COLUMNS, load_adult, load_compas
 from evenly.data.text import TextData, load_text, stdlib_source
 
 __all__ = [
-    "load", "Dataset", "match_classes", "read_idx",
+    "load", "Dataset", "match_classes", "read_frame", "read_idx",
     "corrupt", "corrupt_batch", "CORRUPTIONS", "FAMILIES", "SEVERITIES", "frost_textures", "small_image_scale",
     "corruption_suite", "tabular_corruptions", "corrupt_table", "TABULAR_CORRUPTIONS",
     "DOMAINS", "domains_for", "apply_domain",

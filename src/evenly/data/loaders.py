@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-__all__ = ["Dataset", "load", "match_classes", "read_idx"]
+__all__ = ["Dataset", "load", "match_classes", "read_frame", "read_idx"]
 
 Array = np.ndarray[Any, Any]
 
@@ -534,7 +534,7 @@ def _csv(spec: str, path: str, seed: int, test_fraction: float, drop: Any = None
     file, colon, target = path.rpartition(":")
     if not colon or not file or not target:
         raise ValueError(f"{spec!r} must be csv:FILE:TARGET, the column to predict after the last colon")
-    frame = _read_frame(Path(file).expanduser())
+    frame = read_frame(file)
     repeated = sorted({str(c) for c in frame.columns[frame.columns.duplicated()]})
     if repeated:
         raise ValueError(f"{file} has several columns named {_some(repeated)}; rename them")
@@ -597,9 +597,19 @@ def _csv(spec: str, path: str, seed: int, test_fraction: float, drop: Any = None
     return _table(spec, (x[a], y[a]), (x[b], y[b]), names, columns)
 
 
-def _read_frame(file: Path) -> Any:
+def read_frame(path: str | Path) -> Any:
+    """A table from CSV, TSV (raw or ``.gz``, ``.bz2``, ``.xz``, ``.zip``) or Parquet, as a :class:`pandas.DataFrame`.
+
+    Empty cells and ``?`` are missing. Repeated names in a CSV become ``name.1``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read, has no rows, or (Parquet) has a column name twice.
+        ImportError: for Parquet without pyarrow (``pip install evenly[parquet]``).
+    """
     import pandas as pd
 
+    file = Path(path).expanduser()
     if not file.is_file():
         raise FileNotFoundError(f"the file {file} does not exist")
     name = file.name.lower()

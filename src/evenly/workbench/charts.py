@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-__all__ = ["Series", "bars", "curves", "dumbbell", "lines", "slopes"]
+__all__ = ["Interval", "Series", "bars", "curves", "dumbbell", "intervals", "lines", "reliability", "slopes"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,22 @@ class Series:
     colour: str
     points: Sequence[tuple[float, float]]
     faint: Sequence[Sequence[tuple[float, float]]] = ()
+
+
+@dataclass(frozen=True)
+class Interval:
+    """One row of :func:`intervals`: a value between two ends; NaN where there is none.
+
+    ``kind``: ``"plain"``, ``"differs"``, ``"small"`` (hollow, and its ends do not stretch the axis) or ``"all"``.
+    """
+
+    name: str
+    value: float
+    low: float
+    high: float
+    text: str
+    kind: str = "plain"
+    tip: str = ""
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -235,6 +251,94 @@ def bars(rows: Sequence[tuple[str, Sequence[float]]], names: Sequence[str], unit
                 f'height="{thick - 2}" rx="2"><title>{escape(tip)}</title></rect>'
             )
             out.append(_text(left + length + 6, y + thick - 2.5, f"{value:.{digits}f}", "tick"))
+    out.append("</svg>")
+    return "".join(out)
+
+
+def intervals(
+    title: str,
+    rows: Sequence[Interval],
+    reference: float = math.nan,
+    show: Callable[[float], str] = "{:g}".format,
+    names: float = 290,
+) -> str:
+    """A dot and its interval a row, with a line at a reference value.
+
+    Args:
+        title: what is drawn, for readers that do not see it.
+        rows: from top to bottom.
+        reference: the value of the line.
+        show: a number of the axis as text.
+        names: width of the column of names.
+    """
+    right, top, pitch, width = 150, 26, 25, 1060
+    left = names
+    height = top + pitch * len(rows) + 8
+    ends = [v for row in rows for v in ((row.low, row.high) if row.kind != "small" else ())]
+    numbers = [v for v in (*ends, *(row.value for row in rows), reference) if math.isfinite(v)]
+    marks = ticks(min(numbers, default=0), max(numbers, default=1), 7)
+    x = _scale(marks[0], marks[-1], left, width - right)
+    out = [_open(width, height, title)]
+    for value in marks:
+        out.append(_line(x(value), top - 4, x(value), height - 8, "grid"))
+        out.append(_text(x(value), top - 11, show(value), "tick", "middle"))
+    if math.isfinite(reference):
+        out.append(_line(x(reference), top - 4, x(reference), height - 8, "reference"))
+    for index, row in enumerate(rows):
+        y = top + pitch * index + pitch / 2
+        out.append(_text(left - 16, y + 4, row.name, f"label {row.kind}", "end"))
+        if row.low == row.low:
+            low, high = (min(max(v, marks[0]), marks[-1]) for v in (row.low, row.high))
+            out.append(_line(x(low), y, x(high), y, f"ci {row.kind}"))
+        if math.isfinite(row.value):
+            tip = f"<title>{escape(row.tip or f'{row.name}: {row.text}')}</title>"
+            out.append(f'<circle class="point {row.kind}" cx="{x(row.value):.1f}" cy="{y:.1f}" r="5">{tip}</circle>')
+        out.append(_text(width - right + 16, y + 4, row.text, f"value {row.kind}"))
+    out.append("</svg>")
+    return "".join(out)
+
+
+def reliability(
+    name: str,
+    points: Sequence[tuple[float, float, float, float, int]],
+    overall: Sequence[tuple[float, float]],
+    low: float,
+    high: float,
+    show: Callable[[float], str] = "{:g}".format,
+) -> str:
+    """True against predicted values of one group: a dot a bin, the diagonal, and the curve of all rows.
+
+    Args:
+        name: of the group.
+        points: predicted, true, the ends of its interval (NaN: none), and number of rows, for each bin.
+        overall: predicted and true of all rows.
+        low, high: ends of both axes.
+        show: a number of an axis as text.
+    """
+    left, right, top, bottom, width, height = 40, 10, 8, 26, 220, 204
+    x, y = _scale(low, high, left, width - right), _scale(low, high, height - bottom, top)
+    out = [_open(width, height, f"{name}: calibration")]
+    for value in ticks(low, high, 4):
+        if low <= value <= high:
+            out.append(_line(left, y(value), width - right, y(value), "grid"))
+            out.append(_text(left - 6, y(value) + 3.5, show(value), "tick", "end"))
+            out.append(_text(x(value), height - 8, show(value), "tick", "middle"))
+    out.append(_line(x(low), y(low), x(high), y(high), "diagonal"))
+    out.append(_path([(x(a), y(b)) for a, b in overall], "line overall", f"all rows, beside {name}"))
+    for a, _, down, up, _ in points:
+        if down == down:
+            out.append(_line(x(a), y(down), x(a), y(up), "ci plain"))
+    out.append(_path([(x(a), y(b)) for a, b, *_ in points], "line s0"))
+    most = max((count for *_, count in points), default=1)
+    for a, b, down, up, count in points:
+        tip = f"{name}: predicted {show(a)}, true {show(b)}, {count} rows"
+        if down == down:
+            tip += f", interval {show(down)} to {show(up)}"
+        size = 2.2 + 3.4 * math.sqrt(count / most)
+        out.append(
+            f'<circle class="point plain" cx="{x(a):.1f}" cy="{y(b):.1f}" r="{size:.1f}">'
+            f"<title>{escape(tip)}</title></circle>"
+        )
     out.append("</svg>")
     return "".join(out)
 

@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +29,7 @@ from rich.console import Console
 
 from evenly.workbench.engines import LocalEngine, Outcome, make_engine
 from evenly.workbench.language import build_language_model, is_text, load_words, windows
+from evenly.workbench.machine import machine
 from evenly.workbench.metrics import LOWER, METRICS, Arm, finding, summarize
 from evenly.workbench.progress import Watch, print_ranking
 from evenly.workbench.sets import data_hash, evaluation_sets, load_data
@@ -557,18 +556,7 @@ class _Runner:
 
 
 def _environment(engine: str, device: str) -> dict[str, Any]:
-    import evenly
-
-    found: dict[str, Any] = {
-        "evenly": evenly.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "system": f"{platform.system()} {platform.release()}",
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "engine": engine,
-        "device": device,
-    }
+    found: dict[str, Any] = {**machine(), "engine": engine, "device": device}
     if device.startswith("cuda"):
         found["device"] = f"{device} ({torch.cuda.get_device_name(device)})"
     if engine == "ray":
@@ -577,16 +565,6 @@ def _environment(engine: str, device: str) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             found["ray"] = "not installed"
     return found
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _call(values: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from evenly.workbench import charts
@@ -26,7 +26,7 @@ from evenly.workbench.trial import TrialFailure, TrialResult
 if TYPE_CHECKING:
     from evenly.workbench.compare import Comparison, Plan
 
-__all__ = ["render", "write_report"]
+__all__ = ["render", "template", "write_report"]
 
 _TITLES = {
     "mpc": ("mPC", "mean accuracy under corruption"),
@@ -58,19 +58,12 @@ def render(comparison: Comparison, plan: Plan, runs: Sequence[dict[str, Any]]) -
     """The report as a string; arguments as in :func:`write_report`."""
     from evenly.models import recipe
 
-    environment = Environment(
-        loader=PackageLoader("evenly.workbench", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     arms = comparison.arms
     metrics = [m for m in METRICS if any(m in arm.scores for arm in arms)]
     metrics.sort(key=lambda m: m != comparison.metric)
     newest = runs[-1]
     text = plan.data_kind == "text"
-    return environment.get_template("report.html.j2").render(
+    return template("report.html.j2").render(
         comparison=comparison,
         plan=plan,
         settings=plan.template,
@@ -106,6 +99,18 @@ def render(comparison: Comparison, plan: Plan, runs: Sequence[dict[str, Any]]) -
         environment=newest["environment"],
         percent=lambda value: "–" if value != value else f"{100 * value:.1f}",
     )
+
+
+def template(name: str) -> Template:
+    """A page of ``templates/``, which share their style and the script that sorts tables."""
+    environment = Environment(
+        loader=PackageLoader("evenly.workbench", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
 
 
 def _epochs(plan: Plan) -> str:
