@@ -1,10 +1,10 @@
 """The policy-gradient loss that goes with advantages: the clipped surrogate of PPO, and how tokens are averaged.
 
-With the ratio :math:`\\rho = \\exp(\\log \\pi - \\log \\pi_{\\rm old})` of the probabilities of a token under the policy
-and under the one that sampled it, the loss of a token is
+With the ratio :math:`\\rho = \\exp(\\log \\pi - \\log \\pi_{\\rm old})` of the probabilities of a token under the
+policy and under the one that sampled it, the loss of a token is
 
 .. math::
-    \\ell = \\max\\big(-A \\rho, \\; -A \\,{\\rm clip}(\\rho, 1 - \\epsilon_{\\rm low}, 1 + \\epsilon_{\\rm high})\\big),
+    \\ell = \\max\\big(-A \\rho, -A \\,{\\rm clip}(\\rho, 1 - \\epsilon_{\\rm low}, 1 + \\epsilon_{\\rm high})\\big),
 
 and where A < 0 it is at most :math:`-c A` (dual clip), which bounds the loss of a token whose ratio is large. On the
 samples' own policy the ratio is 1 and the gradient is that of :math:`-A \\log \\pi`.
@@ -56,7 +56,8 @@ def policy_loss(
         dual_clip: bound of the ratio where the advantage is negative, above 1; default 10. ``None``: none.
         aggregation: ``"seq-mean-token-sum"`` (default): sum over the tokens of a rollout, mean over rollouts;
             ``"token-mean"``: mean over all tokens; ``"seq-mean-token-mean"``: mean over the tokens of a rollout, then
-            over rollouts; ``"seq-mean-token-sum-norm"``: sum over all tokens, divided by rollouts times ``length``.
+            over rollouts; ``"seq-mean-token-sum-norm"``: sum over all tokens, divided by rollouts times ``length``
+            (Dr. GRPO's, as in TRL; verl, whose names these are, leaves out the number of rollouts here).
         length: the constant number of tokens of ``"seq-mean-token-sum-norm"``; default T.
 
     Returns:

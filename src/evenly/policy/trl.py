@@ -16,9 +16,10 @@ Each reward function is a reward component: with several of them give the normal
 Everything else (the loss, logs, several processes, vLLM) is TRL's. A normalizer with state is saved beside each
 checkpoint, and read again by ``train(resume_from_checkpoint=...)``.
 
-How it is hooked in: the mixin notes what ``_calculate_rewards`` returns (the rewards of all processes, prompt by prompt)
-and replaces ``"advantages"`` in what ``_generate_and_score_completions`` returns. Both methods are TRL's internals; they
-have had this form since TRL 0.20, and where they have not, the trainer says so instead of training on something else.
+How it is hooked in: the mixin notes what ``_calculate_rewards`` returns (the rewards of all processes, prompt by
+prompt) and replaces ``"advantages"`` in what ``_generate_and_score_completions`` returns. Both methods are TRL's
+internals; they have had this form since TRL 0.20, and where they have not, the trainer says so instead of training on
+something else.
 
 Needs ``pip install evenly[trl]``.
 
