@@ -29,6 +29,7 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ray": ("run `evenly compare` on a Ray cluster (--engine ray)", ("ray",)),
     "docs": ("build the pages", ("mkdocs-material", "mkdocstrings", "latex2mathml")),
     "parquet": ("read Parquet files", ("pyarrow",)),
+    "trl": ("reward normalizers in TRL's trainers, and rewards of mathematics", ("trl", "transformers", "math-verify")),
     "test": ("run the tests", ("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy")),
 }
 
