@@ -24,7 +24,19 @@ __version__ = "0.1.0"
 
 __all__ = ["normalize", "moments", "whiten", "Moments", "convert"]
 
-_SUBMODULES = {"catalog", "claims", "conversion", "core", "data", "models", "nn", "optim", "policy", "weights", "workbench"}
+_SUBMODULES = {
+    "catalog",
+    "claims",
+    "conversion",
+    "core",
+    "data",
+    "models",
+    "nn",
+    "optim",
+    "policy",
+    "weights",
+    "workbench",
+}
 
 
 def __getattr__(name: str) -> Any:

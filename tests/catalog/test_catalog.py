@@ -11,6 +11,7 @@ from conformance.cases import covered_objects
 from conformance.module_cases import MODULES
 from conformance.optimizer_cases import OPTIMIZERS
 from conformance.recurrent_cases import RECURRENT
+from conformance.reward_cases import REWARDS
 from evenly import catalog, claims
 from evenly.catalog import AREAS, CatalogError, Method
 
@@ -159,7 +160,7 @@ class TestDone:
     def test_its_classes_are_in_a_conformance_suite(self, row):
         # Functions, such as recalibrate_, have no suite of a kind; their own tests hold them.
         classes = {name for name in row.objects if inspect.isclass(catalog.resolve(name))}
-        covered = covered_objects() | {case.object for case in (*RECURRENT, *OPTIMIZERS)}
+        covered = covered_objects() | {case.object for case in (*RECURRENT, *OPTIMIZERS, *REWARDS)}
         covered |= {name for case in MODULES for name in case.objects}
         assert classes
         assert classes <= covered, f"give {sorted(classes - covered)} a row in tests/conformance"

@@ -107,10 +107,12 @@ def judge(results: Results) -> Judgement:
             "squared norm of the gradient, and the second can be smaller for weights that are flatter in p."
         )
     else:
+        least = [stage for stage, value in zip(_STAGES, worst, strict=True) if value < 1]
         why = (
-            f"The variance is as the paper says; but {leader} weights prompts that are rarely solved more, and that is "
-            f"where success is left to gain in this bandit (mean success {means['BNPO']:.3f} against "
-            f"{means[leader]:.3f})."
+            "BNPO's normalized variance is within 5 % of the smaller of the others at every stage (below both "
+            f"{' and '.join(least) if least else 'at none'}), but {leader} weights prompts that are rarely solved "
+            f"more, and that is where success is left to gain in this bandit (mean success {means['BNPO']:.3f} against "
+            f"{means[leader]:.3f}, standard error {error:.3f})."
         )
     rates = {name: _best(results, name) for name in ESTIMATORS}
     own = {name: [[run["variances"][name][k] for run in runs] for k in range(3)] for name, runs in tests.items()}

@@ -47,6 +47,7 @@ def accuracy_reward(completions: Sequence[Completion], solution: Sequence[str], 
     """1.0 for each output whose last boxed answer is mathematically equal to the gold answer; else 0.0.
 
     The answer is looked for in the last 500 characters of the output. What cannot be parsed, on either side, is 0.0.
+    Boxes that math-verify takes for the parts of one answer, such as those joined by a comma, are compared together.
 
     Args:
         completions: texts, or conversations whose last message's ``"content"`` is the text.
