@@ -46,7 +46,9 @@ ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "GRPO": lambda rewards, ids: policy.grpo_advantages(rewards, ids, eps=EPS, num_groups=BATCH),
     "BNPO": lambda rewards, ids: policy.bnpo_advantages(rewards, ids, num_groups=BATCH),
 }
-ARMS = {f"{name} lr={lr:g}": {"method": name, "lr": lr} for name in ESTIMATORS for lr in LEARNING_RATES}
+ARMS: dict[str, dict[str, Any]] = {
+    f"{name} lr={lr:g}": {"method": name, "lr": lr} for name in ESTIMATORS for lr in LEARNING_RATES
+}
 _ROWS = torch.arange(BATCH).repeat_interleave(SAMPLES)
 
 

@@ -50,7 +50,7 @@ class Rollouts(NamedTuple):
 
     values: Tensor
     mask: Tensor | None
-    index: Tensor | None
+    index: Tensor | None  # type: ignore[assignment]
     centred: Tensor
     mean: Tensor
     var: Tensor
