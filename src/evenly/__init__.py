@@ -34,6 +34,7 @@ _SUBMODULES = {
     "models",
     "nn",
     "optim",
+    "policy",
     "robust",
     "stats",
     "weights",

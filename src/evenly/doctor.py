@@ -31,6 +31,7 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "audit": ("read .skops files (evenly audit --model FILE.skops)", ("skops",)),
     "parquet": ("read Parquet files", ("pyarrow",)),
     "fair": ("run the claim of bias scoring beside fairlearn's methods", ("fairlearn",)),
+    "trl": ("reward normalizers in TRL's trainers, and rewards of mathematics", ("trl", "transformers", "math-verify")),
     "test": ("run the tests", ("pytest", "pytest-xdist", "hypothesis", "polars", "ruff", "mypy")),
 }
 

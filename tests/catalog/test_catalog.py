@@ -13,6 +13,7 @@ from conformance.loss_cases import LOSSES, SAMPLERS
 from conformance.module_cases import MODULES
 from conformance.optimizer_cases import OPTIMIZERS
 from conformance.recurrent_cases import RECURRENT
+from conformance.reward_cases import REWARDS
 from evenly import catalog, claims
 from evenly.catalog import AREAS, CatalogError, Method
 
@@ -161,7 +162,7 @@ class TestDone:
     def test_its_classes_are_in_a_conformance_suite(self, row):
         # Functions, such as recalibrate_, have no suite of a kind; their own tests hold them.
         classes = {name for name in row.objects if inspect.isclass(catalog.resolve(name))}
-        rows = (*RECURRENT, *OPTIMIZERS, *LOSSES, *SAMPLERS, *ESTIMATORS)
+        rows = (*RECURRENT, *OPTIMIZERS, *LOSSES, *SAMPLERS, *ESTIMATORS, *REWARDS)
         covered = covered_objects() | {case.object for case in rows}
         covered |= {name for case in MODULES for name in case.objects}
         assert classes
