@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from evenly.core.kernels import operator, reference
+from evenly.core.kernels import cuda, operator, reference
 from evenly.core.kernels.cpu import entry as cpu_entry
 from evenly.core.patterns import Plan
 
@@ -74,6 +74,15 @@ def _on(device: str) -> Callable[[torch.Tensor, Plan, Call], bool]:
     return lambda x, plan, call: x.device.type == device and operator.supports(x, plan, call)
 
 
+operator.serve("cuda", cuda.load)
+register(
+    Backend(
+        "cuda",
+        _on("cuda"),
+        operator.run,
+        "Triton kernels for contiguous and channels-last memory: std, rms and l2; first order",
+    )
+)
 operator.serve("cpu", cpu_entry.load)
 register(
     Backend(
