@@ -137,7 +137,7 @@ def leaves(case: Case, dtype: torch.dtype, offset: int, residual: bool, seed: in
 def grid():
     """Every case; options, dtypes, activations and residuals in turn, so that all of them meet."""
     for number, case in enumerate(CASES):
-        for step in range(4):
+        for step in (0, 1, 2 + number % 2):
             turn = number * 4 + step
             how = HOW[(number + 3 * step) % len(HOW)] if case.pattern != "n d -> n d" and case.shape[0] > 1 else {}
             dtype = DTYPES[step]
@@ -147,7 +147,7 @@ def grid():
             yield pytest.param(case, dtype, how, act, turn % 3 != 1, turn % 4, id=f"{number}-{step}")
 
 
-@pytest.mark.parametrize(("case", "dtype", "how", "act", "residual", "offset"), grid())
+@pytest.mark.parametrize(("case", "dtype", "how", "act", "residual", "offset"), list(grid()))
 def test_against_float64(launch, case, dtype, how, act, residual, offset):
     x, w, b, r, dy = leaves(case, dtype, offset, residual)
     inputs = [t.detach().requires_grad_() for t in (x, w, b, *([r] if residual else []))]

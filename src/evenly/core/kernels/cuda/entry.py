@@ -389,7 +389,7 @@ class CudaEntry(Entry):
                     part, weight, stats, coefficients, dmean, dvar, **shape, splits=splits, many=many,
                     n=self.plan.count, **ends, CENTER=how["CENTER"], SCALE=how["SCALE"], GIVEN=self.given,
                     MODE=self.mode, SPREAD=self.spread, COLS=self.cols, WEIGHT=weight is not None,
-                    DOUBLE=self.stats_dtype == torch.float64, ROWS=rows, Q=q, num_warps=4,
+                    ACC=self.acc, DOUBLE=self.stats_dtype == torch.float64, ROWS=rows, Q=q, num_warps=4,
                 )  # fmt: skip
             if sums and not varying:
                 self._weights(part, many, dweight, dbias)

@@ -76,6 +76,15 @@ def _activate_backward(g, v, ACT: tl.constexpr):
 
 
 @triton.jit
+def _cast(v, KIND: tl.constexpr):
+    """To another type; between double precision and the halves by way of float32."""
+    if KIND == tl.float64 or v.dtype != tl.float64:
+        return v.to(KIND)
+    else:
+        return v.to(tl.float32).to(KIND)
+
+
+@triton.jit
 def _finite(v):
     return v - v == 0
 
@@ -744,7 +753,7 @@ def back_combine(
     K, A, seg, nseg, L, R0L, K1, R1, wdiv, wsize, splits, many, n,
     EPS: tl.constexpr, CORRECTION: tl.constexpr, CENTER: tl.constexpr, SCALE: tl.constexpr, GIVEN: tl.constexpr,
     MODE: tl.constexpr, SPREAD: tl.constexpr, COLS: tl.constexpr, WEIGHT: tl.constexpr, DMEAN: tl.constexpr,
-    DVAR: tl.constexpr, DOUBLE: tl.constexpr, ROWS: tl.constexpr, Q: tl.constexpr,
+    DVAR: tl.constexpr, DOUBLE: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, Q: tl.constexpr,
 ):  # fmt: skip
     """The two numbers that the gradient of x needs of each of ROWS groups, in double precision and a fixed order."""
     k = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -766,7 +775,7 @@ def back_combine(
         g = tl.load(part + at, mask=inside, other=0).to(tl.float64)
         gv = tl.load(part + many + at, mask=inside, other=0).to(tl.float64)
         if WEIGHT and (MODE == 1 or COLS):
-            w = tl.load(weight + which, mask=inside, other=0).to(tl.float64)
+            w = tl.load(weight + which, mask=inside, other=0).to(ACC).to(tl.float64)
             g *= w
             gv *= w
         s1 += tl.sum(g, axis=1)
@@ -834,9 +843,9 @@ def weights(part, dweight, dbias, P, wsize, inner, many, WEIGHT: tl.constexpr, B
         if WEIGHT:
             dw += tl.sum(tl.load(part + many + at, mask=inside, other=0).to(tl.float64), axis=1)
     if WEIGHT:
-        tl.store(dweight + j, dw.to(dweight.dtype.element_ty), mask=here)
+        tl.store(dweight + j, _cast(dw, dweight.dtype.element_ty), mask=here)
     if BIAS:
-        tl.store(dbias + j, db.to(dbias.dtype.element_ty), mask=here)
+        tl.store(dbias + j, _cast(db, dbias.dtype.element_ty), mask=here)
 
 
 @triton.jit
