@@ -198,17 +198,27 @@ def _finish(
 
 
 @triton.jit
-def _starts(k, a, seg, nseg, L, R0L, K1, R1, SPREAD: tl.constexpr):
-    """Where runs begin, (groups, A). SPREAD 0: they follow each other; 1: a row apart; 2: both."""
-    base = (k // K1) * R0L + (k % K1) * R1
+def _begin(k, R0L, K1, R1):
+    """Where a group begins."""
+    return (k // K1) * R0L + (k % K1) * R1
+
+
+@triton.jit
+def _step(a, seg, nseg, L, SPREAD: tl.constexpr):
+    """How far from there run ``a`` begins. SPREAD 0: runs follow each other; 1: a row apart; 2: both."""
     wide = a.to(tl.int64)
     if SPREAD == 0:
-        off = wide * seg
+        return wide * seg
     elif SPREAD == 1:
-        off = wide * L
+        return wide * L
     else:
-        off = (wide // nseg) * L + (wide % nseg) * seg
-    return base[:, None] + off[None, :]
+        return (wide // nseg) * L + (wide % nseg) * seg
+
+
+@triton.jit
+def _starts(k, a, seg, nseg, L, R0L, K1, R1, SPREAD: tl.constexpr):
+    """Where runs begin, (groups, A)."""
+    return _begin(k, R0L, K1, R1)[:, None] + _step(a, seg, nseg, L, SPREAD)[None, :]
 
 
 @triton.jit
@@ -419,8 +429,8 @@ def partial_runs(
         a = (tile // across) * BR + tl.arange(0, BR)
         j = (tile % across) * BC + tl.arange(0, BC)
         inside = (a < A)[:, None] & (j < seg)[None, :]
-        start = _starts(tl.zeros((1,), tl.int64) + k, a, seg, nseg, L, R0L, K1, R1, SPREAD)
-        at = tl.reshape(start, (BR,))[:, None] + j[None, :]
+        start = _begin(k, R0L, K1, R1) + _step(a, seg, nseg, L, SPREAD)
+        at = start[:, None] + j[None, :]
         v = tl.load(x + at, mask=inside, other=0).to(ACC)
         rows = tl.minimum(A - (tile // across) * BR, BR)
         columns = tl.minimum(seg - (tile % across) * BC, BC)
@@ -570,7 +580,7 @@ def _tile(
         column = j < L
     else:  # outer: the group
         k = tl.zeros((1,), tl.int64) + outer
-        start = tl.reshape(_starts(k, i, seg, nseg, L, R0L, K1, R1, SPREAD), (BR,))
+        start = _begin(outer.to(tl.int64), R0L, K1, R1) + _step(i, seg, nseg, L, SPREAD)
         row = i < A
         column = j < seg
     return k, start, j, row, column
@@ -722,7 +732,7 @@ def back_reduce(
             i = block * BR + tl.arange(0, BR)
             j = along * BC + tl.arange(0, BC)
             k = tl.zeros((1,), tl.int64) + outer
-            start = tl.reshape(_starts(k, i, seg, nseg, L, R0L, K1, R1, SPREAD), (BR,))
+            start = _begin(outer.to(tl.int64), R0L, K1, R1) + _step(i, seg, nseg, L, SPREAD)
             row = i < A
             column = j < seg
         g, v, _, w, _, _, _ = _gradient(
@@ -741,7 +751,7 @@ def back_reduce(
     else:
         i = block * BR + tl.arange(0, BR)
         k = tl.zeros((1,), tl.int64) + outer
-        start = tl.reshape(_starts(k, i, seg, nseg, L, R0L, K1, R1, SPREAD), (BR,))
+        start = _begin(outer.to(tl.int64), R0L, K1, R1) + _step(i, seg, nseg, L, SPREAD)
         where = (start // seg) * splits + split
         tl.store(part + where, tl.sum(sum_g, axis=1), mask=i < A)
         tl.store(part + many + where, tl.sum(sum_gv, axis=1), mask=i < A)
