@@ -39,8 +39,9 @@ def report() -> dict[str, Any]:
 
     The keys are ``versions`` (of evenly, python, torch and the other dependencies; None: not installed),
     ``system``, ``cpu`` (``cores``, ``threads``, ``capability``), ``devices`` (name and memory of each
-    accelerator), ``cuda`` (whether the CUDA kernels are used, one line), ``operators`` (a row an operator, device and dtype: the backend that serves it), ``backends``
-    and ``extras`` (for each: what it adds, what is missing, the pip command).
+    accelerator), ``cuda`` (whether the CUDA kernels are used, one line), ``operators`` (a row an operator, device
+    and dtype: the backend that serves it), ``backends`` and ``extras`` (for each: what it adds,
+    what is missing, the pip command).
 
     >>> from evenly import doctor
     >>> sorted(doctor.report())

@@ -136,17 +136,23 @@ def leaves(case: Case, dtype: torch.dtype, offset: int, residual: bool, seed: in
 def grid():
     """Every case; options, dtypes, activations and residuals in turn, so that all of them meet."""
     for number, case in enumerate(CASES):
-        for step in ((0, 1), (2, 0), (3, 1), (0, 2), (1, 3))[number % 5]:
+        for step, launch in zip(
+            ((0, 1, 2), (2, 0, 3), (3, 1, 0), (0, 2, 1), (1, 3, 2))[number % 5],
+            ("fused", "fused", "split"),
+            strict=True,
+        ):
             turn = number * 4 + step
             how = HOW[(number + 3 * step) % len(HOW)] if case.pattern != "n d -> n d" and case.shape[0] > 1 else {}
             dtype = DTYPES[step]
             if how.get("scale") == "l2" and dtype == torch.float64:
                 how = {}
             act = ACTIVATIONS[(number + step) % 4]
-            yield pytest.param(case, dtype, how, act, turn % 3 != 1, turn % 4, id=f"{number}-{step}")
+            yield pytest.param(launch, case, dtype, how, act, turn % 3 != 1, turn % 4, id=f"{launch}-{number}-{step}")
 
 
-@pytest.mark.parametrize(("case", "dtype", "how", "act", "residual", "offset"), list(grid()))
+@pytest.mark.parametrize(
+    ("launch", "case", "dtype", "how", "act", "residual", "offset"), list(grid()), indirect=["launch"]
+)
 def test_against_float64(launch, case, dtype, how, act, residual, offset):
     x, w, b, r, dy = leaves(case, dtype, offset, residual)
     inputs = [t.detach().requires_grad_() for t in (x, w, b, *([r] if residual else []))]
@@ -324,12 +330,11 @@ def test_never_less_accurate_than_pytorch(launch, kind, pattern):
     def error(y: Tensor) -> float:
         return float(((y.double() - want).abs().max() / want.abs().max()).nan_to_num(nan=float("inf")))
 
-    # Two units in the last place are the rounding of x - mean, of 1/s and of their product. The interpreter adds the
-    # values of a column one after another, where a device adds in pairs: the squares of 63 equal values after that of
-    # the outlier are all rounded the same way.
-    limit = 2**-20 if "outlier" in kind else 2**-22
+    # Two units in the last place are the rounding of x - mean, of 1/s and of their product. With one outlier the other
+    # squares are equal, and all rounded the same way by the interpreter, which adds a column one after another.
+    limit = 2**-19 if "outlier" in kind else 2**-22
     assert error(ours) <= max(error(theirs), limit), (kind, error(ours), error(theirs))
-    assert error(ours) < 1e-6
+    assert error(ours) < 2e-6
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
