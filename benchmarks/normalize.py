@@ -10,11 +10,15 @@ All contestants of a cell run interleaved in one process; a number is the median
 pass without gradient and forward + backward are timed. The limit is a copy of the input that allocates its output
 (forward), and 2.5 of them (forward + backward: read x, write y; read x and dy, write dx). Ratios above 1 mean that
 evenly is faster than the peer; ours / limit is how many times the limit it takes.
+
+On CUDA times are those between events, the bandwidth of a copy of 1 GiB is printed first, and Liger-Kernel is a peer
+where it is installed (layer, RMS and group norm, plain).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import statistics
@@ -193,6 +197,24 @@ def composition(cell: Cell, norm: Any) -> Callable[[Tensor, Tensor | None], Tens
     return run
 
 
+def liger(cell: Cell, options: dict[str, Any]) -> nn.Module | None:
+    """Liger-Kernel's layer; None where it has none, or is not installed."""
+    if options["device"].type != "cuda" or cell.fused != "plain" or cell.layout != "contiguous":
+        return None
+    if importlib.util.find_spec("liger_kernel") is None:
+        return None
+    from liger_kernel.transformers import LigerLayerNorm, LigerRMSNorm
+    from liger_kernel.transformers.group_norm import LigerGroupNorm
+
+    if cell.operator == "layer":
+        return LigerLayerNorm(cell.shape[-1], eps=1e-5).to(**options)
+    if cell.operator == "rms":
+        return LigerRMSNorm(cell.shape[-1], eps=1e-5).to(**options)
+    if cell.operator == "group":
+        return LigerGroupNorm(cell.shape[1], _groups(cell.shape[1]), eps=1e-5).to(**options)
+    return None
+
+
 # ---- timing ---------------------------------------------------------------------------------------------------------
 
 
@@ -202,28 +224,55 @@ def _clock(name: str) -> Callable[[], float]:
     return time.perf_counter
 
 
+def by_clock(clock: Callable[[], float]) -> Callable[[Callable[[], Any], int], float]:
+    """Seconds of a number of calls by a clock."""
+
+    def seconds(run: Callable[[], Any], repeats: int) -> float:
+        start = clock()
+        for _ in range(repeats):
+            run()
+        return clock() - start
+
+    return seconds
+
+
+def by_events(run: Callable[[], Any], repeats: int) -> float:
+    """Seconds of a number of calls on the current CUDA stream, between two events."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(repeats):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second that a copy of 1 GiB reads and writes."""
+    source = torch.empty(1 << 28, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    return 2 * source.numel() * 4 * 10 / by_events(lambda: target.copy_(source), 10)
+
+
 def interleaved(
-    contestants: dict[str, Callable[[], Any]], clock: Callable[[], float], rounds: int, seconds: float, sync: Any
+    contestants: dict[str, Callable[[], Any]],
+    timer: Callable[[Callable[[], Any], int], float],
+    rounds: int,
+    seconds: float,
 ) -> dict[str, float]:
     """Median seconds of each, run in turn."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     repeats = {}
     for name, run in contestants.items():
-        run()
-        sync()
-        start = clock()
-        run()
-        sync()
-        repeats[name] = max(1, min(100, int(1e-3 / max(clock() - start, 1e-7))))
-    begin = clock()
+        timer(run, 1)
+        repeats[name] = max(1, min(100, int(1e-3 / max(timer(run, 1), 1e-7))))
+    begin = time.perf_counter()
     for number in range(rounds):
         for name, run in contestants.items():
-            start = clock()
-            for _ in range(repeats[name]):
-                run()
-            sync()
-            times[name].append((clock() - start) / repeats[name])
-        if number >= 4 and clock() - begin > seconds:
+            times[name].append(timer(run, repeats[name]) / repeats[name])
+        if number >= 4 and time.perf_counter() - begin > seconds:
             break
     return {name: statistics.median(each) for name, each in times.items()}
 
@@ -244,6 +293,10 @@ def measure(cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
     r = made() if with_residual else None
     peer = eager(cell, options)
     runs = {"evenly": ours(cell, options), "eager": peer, "einops": composition(cell, peer.norm)}  # type: ignore[attr-defined]
+    other = liger(cell, options)
+    if other is not None:
+        runs["liger"] = lambda x, r: other(x)
+        runs["liger"].norm = other  # type: ignore[attr-defined]
     if args.compile:
         runs["compile"] = torch.compile(eager(cell, options), dynamic=False)
 
@@ -266,12 +319,11 @@ def measure(cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
 
         return call
 
-    sync = torch.cuda.synchronize if args.device == "cuda" else (lambda: None)
-    clock = _clock(args.clock)
+    timer = by_events if args.device == "cuda" else by_clock(_clock(args.clock))
     rounds, seconds = (7, 0.3) if args.quick else (25, args.seconds)
     copy = {"copy": lambda: x.clone()}
-    fwd = interleaved({n: forward(f) for n, f in runs.items()} | copy, clock, rounds, seconds, sync)
-    fb = interleaved({n: both(f) for n, f in runs.items()} | copy, clock, rounds, seconds, sync)
+    fwd = interleaved({n: forward(f) for n, f in runs.items()} | copy, timer, rounds, seconds)
+    fb = interleaved({n: both(f) for n, f in runs.items()} | copy, timer, rounds, seconds)
     row: dict[str, Any] = {
         "operator": cell.operator,
         "shape": list(cell.shape),
@@ -313,11 +365,16 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch sees no CUDA device.")
+        parser.error(f"--device cuda: PyTorch {torch.__version__} sees no CUDA device; the default is --device cpu.")
+    if args.device == "cuda" and args.clock == "cpu":
+        parser.error("--clock cpu measures the time of the CPU; on CUDA times are those between events.")
 
     rows = []
     chosen = [cell for cell in cells(args.quick) if not args.only or args.only in str(cell)]
     print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads, clock: {args.clock}")
+    if args.device == "cuda":
+        device = torch.device("cuda")
+        print(f"{torch.cuda.get_device_name(device)}, copy bandwidth {copy_bandwidth(device) / 1e9:.0f} GB/s")
     print(f"{'':52s}  forward: us   best peer    /limit   both: us   best peer    /limit")
     for cell in chosen:
         row = measure(cell, args)

@@ -29,6 +29,7 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ray": ("run `evenly compare` on a Ray cluster (--engine ray)", ("ray",)),
     "docs": ("build the pages", ("mkdocs-material", "mkdocstrings", "latex2mathml")),
     "audit": ("read .skops files (evenly audit --model FILE.skops)", ("skops",)),
+    "cuda": ("fused kernels on NVIDIA GPUs", ("triton",)),
     "parquet": ("read Parquet files", ("pyarrow",)),
     "fair": ("run the claim of bias scoring beside fairlearn's methods", ("fairlearn",)),
     "trl": ("reward normalizers in TRL's trainers, and rewards of mathematics", ("trl", "transformers", "math-verify")),
@@ -41,16 +42,18 @@ def report() -> dict[str, Any]:
 
     The keys are ``versions`` (of evenly, python, torch and the other dependencies; None: not installed),
     ``system``, ``cpu`` (``cores``, ``threads``, ``capability``), ``devices`` (name and memory of each
-    accelerator), ``operators`` (a row an operator, device and dtype: the backend that serves it), ``backends``
-    and ``extras`` (for each: what it adds, what is missing, the pip command).
+    accelerator), ``cuda`` (whether the CUDA kernels are used, one line), ``operators`` (a row an operator, device
+    and dtype: the backend that serves it), ``backends`` and ``extras`` (for each: what it adds,
+    what is missing, the pip command).
 
     >>> from evenly import doctor
     >>> sorted(doctor.report())
-    ['backends', 'cpu', 'devices', 'extras', 'operators', 'system', 'versions']
+    ['backends', 'cpu', 'cuda', 'devices', 'extras', 'operators', 'system', 'versions']
     """
     import torch
 
     from evenly.core import kernels
+    from evenly.core.kernels import cuda
 
     devices = _devices()
     return {
@@ -62,6 +65,7 @@ def report() -> dict[str, Any]:
             "capability": torch.backends.cpu.get_cpu_capability(),
         },
         "devices": devices,
+        "cuda": cuda.describe(),
         "operators": [
             {"operator": name, "device": device, "dtype": str(dtype).removeprefix("torch."), "backend": backend}
             for device in ["cpu", *dict.fromkeys(entry["type"] for entry in devices)]
@@ -84,6 +88,9 @@ def render(facts: dict[str, Any]) -> list[tuple[str, str]]:
         pairs.append(("device", f"{device['type']}: {device['name']}{memory}"))
     if not facts["devices"]:
         pairs.append(("device", "cpu only"))
+    by_cuda = [r["operator"] for r in facts["operators"] if r["device"] == "cuda" and r["backend"] == "cuda"]
+    serve = f"; they serve {', '.join(dict.fromkeys(by_cuda))}" if by_cuda else ""
+    pairs.append(("CUDA kernels", facts["cuda"] + serve))
     for backend in facts["backends"]:
         pairs.append(("backend", f"{backend['name']}: {backend['describe']}"))
     served: dict[tuple[str, str], list[str]] = {}

@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import evenly
-from evenly.core.kernels import cpu, reference
-from evenly.core.kernels.cpu import operator
+from evenly.core.kernels import cpu, operator, reference
 from evenly.core.kernels.lowering import block, dense_order, weight_index
 from evenly.core.patterns import bind
 
@@ -390,10 +389,10 @@ def test_opcheck(activation, dtype):
     r = torch.randn_like(x, requires_grad=True)
     arguments = ("n c l -> c", [], [], "1", True, "std", 1e-5, 0.0, activation, True)
     for residual in (None, r):
-        torch.library.opcheck(torch.ops.evenly.cpu_normalize.default, (x, w, b, residual, None, None, *arguments))
-    _, stats, _, _ = torch.ops.evenly.cpu_normalize(x, w, b, r, None, None, *arguments)
+        torch.library.opcheck(torch.ops.evenly.fused_normalize.default, (x, w, b, residual, None, None, *arguments))
+    _, stats, _, _ = torch.ops.evenly.fused_normalize(x, w, b, r, None, None, *arguments)
     torch.library.opcheck(
-        torch.ops.evenly.cpu_normalize_backward.default,
+        torch.ops.evenly.fused_normalize_backward.default,
         (
             torch.randn_like(x), x.detach(), w.detach(), b.detach(), r.detach(), stats.detach(), None, None,
             *arguments[:-1], False, [True, True, True, True],
@@ -412,7 +411,7 @@ def test_compiled_graph_has_one_operator():
     x = torch.randn(4, 6, 10)
     run = torch.compile(lambda x: evenly.normalize(x, "n (g c) l -> n g", g=3), fullgraph=True, backend=backend)
     torch.testing.assert_close(run(x), evenly.normalize(x, "n (g c) l -> n g", g=3))
-    assert any("cpu_normalize" in name for name in seen), seen
+    assert any("fused_normalize" in name for name in seen), seen
     torch._dynamo.reset()
 
 

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from evenly.core import kernels
-from evenly.core.kernels import reference
-from evenly.core.kernels.cpu import operator
+from evenly.core.kernels import operator, reference
 from evenly.core.kernels.reference import Call, Groups
 from evenly.core.patterns import PatternError, Plan, affine_groups, bind
 

@@ -22,7 +22,7 @@ from einops import reduce
 from torch import Tensor, nn
 
 from evenly.core import Moments, PatternError, moments, normalize
-from evenly.core.kernels.cpu import operator
+from evenly.core.kernels import operator
 from evenly.core.normalize import Activation, Scale, check_activation, check_scale
 from evenly.core.patterns import validate
 from evenly.nn.sync import sync_moments

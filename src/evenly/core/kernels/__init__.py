@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from evenly.core.kernels import reference
-from evenly.core.kernels.cpu import operator
+from evenly.core.kernels import cuda, operator, reference
+from evenly.core.kernels.cpu import entry as cpu_entry
 from evenly.core.patterns import Plan
 
 __all__ = ["Backend", "Call", "Result", "backends", "register", "run"]
@@ -70,10 +70,24 @@ def run(x: torch.Tensor, plan: Plan, call: Call) -> Result:
     return reference.normalize(x, plan, call)
 
 
+def _on(device: str) -> Callable[[torch.Tensor, Plan, Call], bool]:
+    return lambda x, plan, call: x.device.type == device and operator.supports(x, plan, call)
+
+
+operator.serve("cuda", cuda.load)
+register(
+    Backend(
+        "cuda",
+        _on("cuda"),
+        operator.run,
+        "Triton kernels for contiguous and channels-last memory: std, rms and l2; first order",
+    )
+)
+operator.serve("cpu", cpu_entry.load)
 register(
     Backend(
         "cpu",
-        operator.supports,
+        _on("cpu"),
         operator.run,
         "C++ kernels for contiguous and channels-last memory: std, rms and l2; first order",
     )

@@ -1,41 +1,53 @@
-"""The CPU kernels as a backend of ``normalize`` and ``moments``.
+"""Fused kernels as a backend of ``normalize`` and ``moments``: what those of the CPU and of CUDA share.
 
 A call is looked up by pattern, shape, dtype and options; what was worked out for it (the canonical block, where
-weights lie) is kept in an :class:`Entry`, so that a repeated call costs a lookup, an allocation and one call into
-the extension. There are three ways in:
+weights lie) is kept in an :class:`Entry`, so that a repeated call costs a lookup, an allocation and the launch. How
+kernels are launched is said by a subclass for each kind of device, made known with :func:`serve`. There are three
+ways in:
 
 - without gradient: directly;
 - with gradient: an autograd function whose backward is a kernel too, and whose second derivative is PyTorch's;
-- while compiling or exporting: the operators ``evenly::cpu_normalize`` and ``evenly::cpu_normalize_backward``.
+- while compiling or exporting: the operators ``evenly::fused_normalize`` and ``evenly::fused_normalize_backward``.
 
 Under ``torch.func`` transforms, forward-mode derivatives, tracing and dispatch modes the PyTorch reference is used.
 """
 
 from __future__ import annotations
 
-import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from evenly.core.kernels import cpu, reference
+from evenly.core.kernels import reference
 from evenly.core.kernels.lowering import Block, block, dense_order, weight_index
 from evenly.core.kernels.reference import Call, Result
 from evenly.core.patterns import Plan, bind
 
-__all__ = ["MEASURED", "Entry", "measure", "quick", "remember", "run", "run_compiled", "supports", "supports_compiled"]
+__all__ = [
+    "ACTIVATIONS",
+    "DTYPES",
+    "MEASURED",
+    "SCALES",
+    "Entry",
+    "measure",
+    "quick",
+    "remember",
+    "run",
+    "run_compiled",
+    "serve",
+    "supports",
+    "supports_compiled",
+]
 
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3}
-_SCALES = {None: 0, "std": 1, "rms": 2, "l2": 3}
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3}
+SCALES = {None: 0, "std": 1, "rms": 2, "l2": 3}
 _PLAIN = (Tensor, torch.nn.Parameter)
 MEASURED: tuple[Tensor | None, Tensor | None] = (None, None)
-
-_SMALL = 1 << 15
-
-_NO_MEMORY = "The CPU kernels could not allocate their working memory."
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._are_functorch_transforms_active
@@ -48,16 +60,22 @@ def _ordinary() -> bool:
     return not (_dispatch_modes() or _transforms() or forward_ad._current_level >= 0 or _tracing() is not None)
 
 
-class Entry:
-    """A call on an input of one shape, dtype and memory layout, ready to run."""
+class Entry(ABC):
+    """A call on an input of one shape, dtype, device and memory layout, ready to run.
+
+    A subclass launches the kernels of a kind of device: :meth:`forward`, :meth:`backward`, :meth:`moments` and
+    :meth:`positive`. Its constructor raises :class:`Unsupported` for a call that they do not take.
+    """
 
     __slots__ = (
         "activation",
         "block",
         "contiguous",
+        "device",
+        "index",
         "keeps",
-        "layout",
         "natural",
+        "on_cpu",
         "options",
         "order",
         "plan",
@@ -77,57 +95,37 @@ class Entry:
         order: tuple[int, ...],
         lowered: Block,
         index: tuple[int, int],
-        dtype: torch.dtype,
+        x: Tensor,
         weight: Tensor | None,
         options: dict[str, Any],
         *,
         signs: bool,
         given: bool,
     ) -> None:
-        module = cpu.extension()
-        assert module is not None
         self.plan = plan
         self.order = order
         self.contiguous = order == tuple(range(len(order)))
         self.block = lowered
+        self.index = index
+        self.device = x.device
+        self.on_cpu = x.device.type == "cpu"
         self.options = options
         self.activation = options["activation"]
         self.weight_dtype = None if weight is None else weight.dtype
         self.weight_shape = None if weight is None else weight.shape
-        self.stats_dtype = reference.accumulate_dtype(dtype)
+        self.stats_dtype = reference.accumulate_dtype(x.dtype)
         self.stats_shape = (3, lowered.sizes[0] * lowered.sizes[2])
         # One number seen through strides of 0: to allocate like it is cheaper than from a shape and a dtype.
-        self.stats_like = torch.empty(1, dtype=self.stats_dtype).expand(self.stats_shape)
-        self.layout = module.Layout(
-            *lowered.sizes,
-            *index,
-            _DTYPES[dtype],
-            _DTYPES[self.weight_dtype or dtype],
-            _ACTIVATIONS[self.activation],
-            _SCALES[options["scale"]],
-            bool(options["center"]),
-            given,
-            signs,
-            float(options["eps"]),
-            float(options["correction"]),
-        )
-        # A small input is in the cache: to measure it again costs less than a tensor of statistics.
-        self.keeps = given or signs or math.prod(plan.shape) > _SMALL
-        bits = self.layout.bits_bytes
-        self.signs = bits if signs else 0
+        self.stats_like = torch.empty(1, dtype=self.stats_dtype, device=x.device).expand(self.stats_shape)
+        self.keeps = True  # statistics, from the forward pass to the backward pass
+        self.signs = 0  # bytes of the sign bits that are kept for the backward pass
         self.shape = plan.shape
         # whether a statistic has the order of the right-hand side
         outputs = [axis for group in plan.resolved.outputs for axis in group]
         self.natural = outputs == sorted(outputs)
         self.spec = (self, MEASURED, False, None)
 
-    def like(self, t: Tensor, x: Tensor) -> Tensor:
-        """A tensor in the memory layout of ``x``."""
-        t = t.resolve_neg()
-        if (self.contiguous and t.is_contiguous()) or t.stride() == x.stride():
-            return t
-        return torch.empty_like(x, dtype=t.dtype).copy_(t)
-
+    @abstractmethod
     def forward(
         self,
         x: Tensor,
@@ -141,40 +139,8 @@ class Entry:
         running: tuple[Tensor, Tensor, float] | None = None,
     ) -> Tensor:
         """The output; ``stats``, ``bits`` and ``moments`` are filled, ``running`` moves towards what was measured."""
-        y = torch.empty_like(x)
-        mean, var = given
-        status = self.layout.forward(
-            x.data_ptr(),
-            y.data_ptr(),
-            0 if stats is None else stats.data_ptr(),
-            0 if weight is None else weight.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            0 if residual is None else residual.data_ptr(),
-            0 if bits is None else bits.data_ptr(),
-            0 if mean is None else mean.data_ptr(),
-            0 if var is None else var.data_ptr(),
-            0 if moments is None else moments[0].data_ptr(),
-            0 if moments is None else moments[1].data_ptr(),
-            0 if running is None else running[0].data_ptr(),
-            0 if running is None else running[1].data_ptr(),
-            0.0 if running is None else running[2],
-        )
-        if status:
-            raise MemoryError(_NO_MEMORY)
-        return y
 
-    def empty_moments(self) -> tuple[Tensor, Tensor]:
-        """Room for a mean and a variance, flat."""
-        many = self.stats_shape[1]
-        return torch.empty(many, dtype=self.stats_dtype), torch.empty(many, dtype=self.stats_dtype)
-
-    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance, flat."""
-        mean, var = self.empty_moments()
-        if self.layout.forward(x.data_ptr(), 0, 0, 0, 0, 0, 0, 0, 0, mean.data_ptr(), var.data_ptr(), 0, 0, 0.0):
-            raise MemoryError(_NO_MEMORY)
-        return mean, var
-
+    @abstractmethod
     def backward(
         self,
         dy: Tensor,
@@ -189,41 +155,25 @@ class Entry:
         dvar: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of x, weight, bias and residual, those that are needed; without ``stats`` they are measured."""
-        dx = torch.empty_like(x) if needs[0] else None
-        dweight = torch.empty_like(weight) if weight is not None and needs[1] else None
-        dbias = torch.empty_like(bias) if bias is not None and needs[2] else None
-        dresidual = None
-        if needs[3]:
-            # without an activation the gradient passes unchanged
-            dresidual = dy if self.activation is None else torch.empty_like(x)
-        status = self.layout.backward(
-            dy.data_ptr(),
-            x.data_ptr(),
-            0 if stats is None else stats.data_ptr(),
-            0 if weight is None else weight.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            0 if residual is None else residual.data_ptr(),
-            0 if bits is None else bits.data_ptr(),
-            0 if dx is None else dx.data_ptr(),
-            0 if dweight is None else dweight.data_ptr(),
-            0 if dbias is None else dbias.data_ptr(),
-            0 if dresidual is None or dresidual is dy else dresidual.data_ptr(),
-            0 if dmean is None else dmean.data_ptr(),
-            0 if dvar is None else dvar.data_ptr(),
-        )
-        if status:
-            raise MemoryError(_NO_MEMORY)
-        return dx, dweight, dbias, dresidual
 
+    @abstractmethod
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance, flat."""
+
+    @abstractmethod
     def positive(self, bits: Tensor, x: Tensor) -> Tensor:
         """The sign bits as a boolean tensor of the shape of ``x``."""
-        row = self.layout.bits_row
-        rows = bits.view(-1, (row + 7) // 8)
-        each = (rows.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1
-        k0, r0, k1, r1 = self.block.sizes
-        flat = each.flatten(1)[:, :row].reshape(k0, -1)[:, : r0 * k1 * r1].bool()
-        laid = flat.reshape([x.shape[axis] for axis in self.order])
-        return laid.permute([self.order.index(axis) for axis in range(x.ndim)])
+
+    def like(self, t: Tensor, x: Tensor) -> Tensor:
+        """A tensor in the memory layout of ``x``."""
+        t = t.resolve_neg()
+        if (self.contiguous and t.is_contiguous()) or t.stride() == x.stride():
+            return t
+        return torch.empty_like(x, dtype=t.dtype).copy_(t)
+
+    def empty_moments(self) -> tuple[Tensor, Tensor]:
+        """Room for a mean and a variance, flat."""
+        return torch.empty_like(self.stats_like[0]), torch.empty_like(self.stats_like[0])
 
     def shaped(self, stat: Tensor) -> Tensor:
         """A flat statistic in the order of the right-hand side."""
@@ -234,14 +184,47 @@ class Entry:
         return self.plan.statistic_in(stat.to(self.stats_dtype), name).contiguous()
 
 
+class Unsupported(Exception):
+    """Raised by the constructor of an entry: no kernel takes the call."""
+
+
+# ---- kinds of devices -----------------------------------------------------------------------------------------------
+
+_devices: dict[str, Callable[[], type[Entry] | None]] = {}
+
+
+def serve(device: str, load: Callable[[], type[Entry] | None]) -> None:
+    """Let kernels compute for a type of device.
+
+    Args:
+        device: its type, such as ``"cuda"``.
+        load: the class of their entries, or None where they cannot be used; called when there is something to do.
+    """
+    _devices[device] = load
+
+
+def _marked(function: Any) -> Any:
+    # Runs while the compiler traces, and counts as a constant (what torch.compiler.assume_constant_result does,
+    # without importing the compiler).
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_marked
+def _served(device: str) -> bool:
+    load = _devices.get(device)
+    return load is not None and load() is not None
+
+
 # ---- looking entries up ---------------------------------------------------------------------------------------------
 
 
 def _static(x: Tensor, call: Call) -> bool:
     """What can be said without looking at memory; also asked while compiling."""
-    if x.device.type != "cpu" or x.dtype not in _DTYPES or x.layout != torch.strided:
+    device = x.device
+    if device.type not in _devices or x.dtype not in DTYPES or x.layout != torch.strided:
         return False
-    if call.scale not in _SCALES or call.mask is not None or call.groups is not None:
+    if call.scale not in SCALES or call.mask is not None or call.groups is not None:
         return False
     if call.scale == "l2" and x.dtype == torch.float64:
         return False  # squares of float64 can overflow, and there is nothing wider
@@ -249,9 +232,9 @@ def _static(x: Tensor, call: Call) -> bool:
     if given and call.want_stats:
         return False
     for stat in (call.mean, call.var):
-        if stat is not None and (stat.requires_grad or stat.device.type != "cpu"):
+        if stat is not None and (stat.requires_grad or stat.device != device):
             return False
-    if call.residual is not None and (call.residual.dtype != x.dtype or call.residual.device.type != "cpu"):
+    if call.residual is not None and (call.residual.dtype != x.dtype or call.residual.device != device):
         return False
     first = call.weight if call.weight is not None else call.bias
     for parameter in (call.weight, call.bias):
@@ -261,9 +244,9 @@ def _static(x: Tensor, call: Call) -> bool:
         if (
             # the compiler cannot trace the question; what it passes on has no negative bit
             (not torch.compiler.is_compiling() and parameter.is_neg())
-            or parameter.dtype not in _DTYPES
+            or parameter.dtype not in DTYPES
             or parameter.dtype != first.dtype
-            or parameter.device.type != "cpu"
+            or parameter.device != device
         ):
             return False
         if parameter.shape != first.shape or (parameter.dtype == torch.float64) > (x.dtype == torch.float64):
@@ -282,6 +265,7 @@ def _entry(x: Tensor, plan: Plan, call: Call) -> Entry | None:
     key = (
         order,
         x.dtype,
+        x.device,
         call.center,
         call.scale,
         call.eps,
@@ -324,8 +308,12 @@ def _build(
         "affine": call.affine,
         "activation": call.activation,
     }
-    entry = Entry(plan, order, lowered, index, x.dtype, first, options, signs=signs, given=given)
-    return entry if entry.layout.bits_bytes >= 0 else None
+    kind = _devices[x.device.type]()
+    assert kind is not None
+    try:
+        return kind(plan, order, lowered, index, x, first, options, signs=signs, given=given)
+    except Unsupported:
+        return None
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -336,7 +324,7 @@ def _dense(x: Tensor) -> Tensor:
 
 def supports(x: Tensor, plan: Plan, call: Call) -> bool:
     """Whether the kernels compute this call."""
-    if not _static(x, call) or cpu.extension() is None:
+    if not _static(x, call) or not _served(x.device.type):
         return False
     if x.numel() == 0 or not _ordinary() or type(x) not in _PLAIN:
         return False
@@ -421,7 +409,10 @@ def remember(key: tuple[Any, ...], x: Tensor, plan: Plan, call: Call) -> None:
         assert entry is not None
         if len(_quick) >= 8192:
             _quick.clear()
-        _quick[key if x.is_contiguous() else (key, x.stride())] = entry
+        if x.is_cpu:
+            _quick[key if x.is_contiguous() else (key, x.stride())] = entry
+        else:
+            _quick[(key, x.stride(), x.device)] = entry
 
 
 def quick(
@@ -439,10 +430,15 @@ def quick(
         given: mean and variance to use, if the key says so.
         running: running mean, running variance and momentum; moved towards what is measured.
     """
-    if type(x) not in _PLAIN or not x.is_cpu or x.is_neg():
+    if type(x) not in _PLAIN or x.is_neg():
         return None
     try:
-        entry = _quick.get(key if x.is_contiguous() else (key, x.stride()))
+        if x.is_cpu:
+            entry = _quick.get(key if x.is_contiguous() else (key, x.stride()))
+        elif x.layout is torch.strided:
+            entry = _quick.get((key, x.stride(), x.device))
+        else:
+            return None
     except TypeError:  # symbolic sizes, or arguments that are about to be refused
         return None
     if entry is None or not _ordinary():
@@ -461,7 +457,7 @@ def quick(
     elif (
         residual.shape != entry.shape
         or residual.dtype != x.dtype
-        or not residual.is_cpu
+        or not (residual.is_cpu if entry.on_cpu else residual.device == entry.device)
         or type(residual) not in _PLAIN
     ):
         return None
@@ -492,7 +488,7 @@ def _is_parameter(parameter: Tensor, entry: Entry) -> bool:
         parameter.shape == entry.weight_shape
         and parameter.dtype == entry.weight_dtype
         and parameter.is_contiguous()
-        and parameter.is_cpu
+        and (parameter.is_cpu if entry.on_cpu else parameter.device == entry.device)
         and not parameter.is_neg()
         and type(parameter) in _PLAIN
     )
@@ -503,7 +499,7 @@ def _is_statistic(stat: Tensor | None, entry: Entry) -> bool:
         stat is not None
         and stat.shape == entry.plan.out_shape
         and stat.is_contiguous()
-        and stat.is_cpu
+        and (stat.is_cpu if entry.on_cpu else stat.device == entry.device)
         and not stat.requires_grad
         and type(stat) in _PLAIN
         and entry.natural
@@ -526,7 +522,7 @@ class _Normalize(torch.autograd.Function):
             # the usual call
             ctx.save_for_backward(x, weight, bias, stats)
             return entry.forward(x, weight, bias, None, stats, None, given, None, running)
-        bits = torch.empty(entry.signs, dtype=torch.uint8) if entry.signs else None
+        bits = torch.empty(entry.signs, dtype=torch.uint8, device=entry.device) if entry.signs else None
         moments = entry.empty_moments() if want_stats else None
         laid = None if residual is None else entry.like(residual, x)
         y = entry.forward(x, weight, bias, laid, stats, bits, given, moments, running)
@@ -640,20 +636,8 @@ _SCHEMA_BACKWARD = (
     "str activation, bool given, bool[] needs) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)"
 )
 _library = torch.library.Library("evenly", "DEF")
-_library.define("cpu_normalize" + _SCHEMA)
-_library.define("cpu_normalize_backward" + _SCHEMA_BACKWARD)
-
-
-def _marked(function: Any) -> Any:
-    # Runs while the compiler traces, and counts as a constant (what torch.compiler.assume_constant_result does,
-    # without importing the compiler).
-    function._dynamo_marked_constant = True
-    return function
-
-
-@_marked
-def _compiled_in() -> bool:
-    return cpu.extension() is not None
+_library.define("fused_normalize" + _SCHEMA)
+_library.define("fused_normalize_backward" + _SCHEMA_BACKWARD)
 
 
 def _rebuilt(
@@ -671,7 +655,8 @@ def _rebuilt(
     plan = bind(pattern, x.shape, dict(zip(names, sizes, strict=True)))
     order = dense_order(x)
     groups = tuple(tuple(int(i) for i in group.split()) for group in affine.split(",")) if affine else None
-    key = ("operator", order, x.dtype, options, affine, None if first is None else (first.dtype, first.shape), given)
+    carried = None if first is None else (first.dtype, first.shape)
+    key = ("operator", order, x.dtype, x.device, options, affine, carried, given)
     entry = plan.cache.get(key)
     if entry is None:
         call = Call(
@@ -716,7 +701,7 @@ def _operator(
     given = mean is not None or var is not None
     options = (center, scale, eps, correction, activation)
     entry = _rebuilt(x, first, pattern, names, sizes, affine, options, given)
-    stats = torch.empty(entry.stats_shape, dtype=entry.stats_dtype)
+    stats = torch.empty_like(entry.stats_like)
     moments = entry.empty_moments() if want_stats else (stats.new_empty(0), stats.new_empty(0))
     fixed = (
         None if mean is None or not center else entry.flat(mean, "mean"),
@@ -824,7 +809,7 @@ def _operator_autograd(
         dmean = dvar = None
     activation = ctx.arguments[-1]
     wanted = [needs[0], needs[1] and weight is not None, needs[2] and bias is not None, needs[3]]
-    dx, dweight, dbias, dresidual = torch.ops.evenly.cpu_normalize_backward(
+    dx, dweight, dbias, dresidual = torch.ops.evenly.fused_normalize_backward(
         dy, x, weight, bias, residual, stats, dmean, dvar, *ctx.arguments, ctx.given, wanted
     )
     if activation == "":
@@ -833,16 +818,19 @@ def _operator_autograd(
     return (*grads, *[None] * 12)
 
 
-_library.impl("cpu_normalize", _operator, "CPU")
-_library.impl("cpu_normalize_backward", _operator_backward, "CPU")
-torch.library.register_fake("evenly::cpu_normalize", _operator_fake, lib=_library)
-torch.library.register_fake("evenly::cpu_normalize_backward", _operator_backward_fake, lib=_library)
-torch.library.register_autograd("evenly::cpu_normalize", _operator_autograd, setup_context=_setup_context, lib=_library)
+for _dispatch in ("CPU", "CUDA"):
+    _library.impl("fused_normalize", _operator, _dispatch)
+    _library.impl("fused_normalize_backward", _operator_backward, _dispatch)
+torch.library.register_fake("evenly::fused_normalize", _operator_fake, lib=_library)
+torch.library.register_fake("evenly::fused_normalize_backward", _operator_backward_fake, lib=_library)
+torch.library.register_autograd(
+    "evenly::fused_normalize", _operator_autograd, setup_context=_setup_context, lib=_library
+)
 
 
 def supports_compiled(x: Tensor, plan: Plan, call: Call) -> bool:
     """Whether the operator computes this call; asked while compiling, where sizes may be symbols."""
-    if not _static(x, call) or not _compiled_in() or x.numel() == 0:
+    if not _static(x, call) or not _served(x.device.type) or x.numel() == 0:
         return False
     order = tuple(range(x.ndim))
     lowered = block(plan, order)
@@ -873,7 +861,7 @@ def run_compiled(x: Tensor, plan: Plan, call: Call) -> Result:
         x = x.contiguous()
     affine = "" if call.affine is None else ",".join([" ".join([str(i) for i in group]) for group in call.affine])
     names, sizes = plan.named_sizes()
-    y, _, mean, var = torch.ops.evenly.cpu_normalize(
+    y, _, mean, var = torch.ops.evenly.fused_normalize(
         x,
         call.weight,
         call.bias,
