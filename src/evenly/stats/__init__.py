@@ -1,4 +1,4 @@
-"""Groups of variables, tasks and neighbours."""
+"""Groups of variables, tasks and neighbours: standardizers of features, Hadamard matrices."""
 
 from evenly.stats.hadamard import hadamard, hadamard_construction, has_hadamard
 from evenly.stats.multi_teacher import MultiTeacherLoss
