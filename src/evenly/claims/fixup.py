@@ -243,12 +243,12 @@ CLAIM = Claim(
     criterion=(
         "At n = 1, 3, 9 and 18 blocks a stage Fixup does not diverge at learning rate 0.1 and is within 3 points of "
         "batch normalization in test accuracy after 150 steps, and He initialization without normalization diverges or "
-        "is more than 20 points behind Fixup at n >= 9 (means over seeds, each side at its best rate). Refuted if Fixup "
-        "trails by more than 5 points and leaving out its rescaling changes nothing at n = 18. Measured so: three "
-        "stages of width 8, 16, 32 on 8x8 images, batches of 64, SGD with momentum 0.9, scalars at a tenth of the "
-        "rate; of 0.01, 0.03, 0.1, 0.3 the best is that with the highest held-out accuracy after 75 steps on another "
-        "seed, the lowest among equals; a run diverges when its loss passes ten times that of guessing. Fixup without "
-        "its rescaling and without its scalars is run at n = 18 and reported."
+        "is more than 20 points behind Fixup at n >= 9 (means over seeds, each side at its best rate). Refuted if "
+        "Fixup trails by more than 5 points and leaving out its rescaling changes nothing at n = 18. Measured so: "
+        "three stages of width 8, 16, 32 on 8x8 images, batches of 64, SGD with momentum 0.9, scalars at a tenth of "
+        "the rate; of 0.01, 0.03, 0.1, 0.3 the best is that with the highest held-out accuracy after 75 steps on "
+        "another seed, the lowest among equals; a run diverges when its loss passes ten times that of guessing. Fixup "
+        "without its rescaling and without its scalars is run at n = 18 and reported."
     ),
     data=(
         "scikit-learn's digits (1797 images of 8x8 pixels, scaled to [-1, 1]): 1200 train, 297 validation, 300 test, "

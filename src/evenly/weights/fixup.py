@@ -959,6 +959,7 @@ def _set_zero(model: nn.Module, node: _Node) -> None:
 def _add_scalars(model: nn.Module, trace: _Trace, found: _Found, problems: list[str]) -> tuple[int, int]:
     nodes = trace.nodes
     last = {layer: branch for branch in found.branches for layer in branch.last}
+    inside = {layer for branch in found.branches for layer in (*branch.layers, *branch.shortcut)}
     # An activation that reads the sum gets its bias from the branch.
     active = {branch.addition for branch in found.branches if _activated(trace, branch.addition)}
     before: set[str] = set()
@@ -974,7 +975,7 @@ def _add_scalars(model: nn.Module, trace: _Trace, found: _Found, problems: list[
         owner = next((one for one in owners if one in running), owners[0])
         direct = owner in running
         home = owner if direct else (running[-1] if running else "")
-        raw = all(nodes[p].name == "input" for p in node.parents if nodes[p].moving)
+        raw = node.index not in inside and all(nodes[p].name == "input" for p in node.parents if nodes[p].moving)
         if not raw:
             if direct and (home not in before or trace.calls[home] > 1):
                 before.add(home)

@@ -45,6 +45,7 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from evenly.core import moments, normalize
+from evenly.core.kernels.reference import accumulate_dtype
 
 __all__ = [
     "WeightNorm",
@@ -103,7 +104,8 @@ class WeightNorm(nn.Module):
 
     def forward(self, g: Tensor, v: Tensor) -> Tensor:
         """The weight, in the shape of ``v``."""
-        length = g.exp() if self.gain == "exp" else g
+        # Not in half precision: a rounded logarithm is bad enough.
+        length = g.to(accumulate_dtype(g.dtype)).exp() if self.gain == "exp" else g
         pattern, axes, shape, sizes = self._layout(v)
         gains = length.reshape(shape)
         return normalize(v, pattern, center=False, scale="l2", eps=0.0, weight=gains, affine=axes, **sizes)
