@@ -199,8 +199,9 @@ def draw(figure: Figure, results: Results, judgement: Judgement) -> None:
 def _network(kind: str, blocks: int) -> nn.Module:
     layer = "batch" if kind == "batch norm" else lambda channels: NoNorm()
     network = resnet(1, 10, norm=layer, widths=(8, 16, 32), blocks=blocks)
-    for block in network.blocks:
-        block.shortcut = _Pick(block.shortcut.stride, block.shortcut.more)  # type: ignore[union-attr, arg-type]
+    for block in network.get_submodule("blocks").children():
+        shortcut: Any = block.get_submodule("shortcut")
+        block.add_module("shortcut", _Pick(shortcut.stride, shortcut.more))
     if kind.startswith("fixup"):
         fixup_(
             network,

@@ -270,8 +270,8 @@ def fixup_transformer(
     like = next(model.parameters())
     source = torch.zeros(2, 2, d_model, device=like.device, dtype=like.dtype)
     fixup_(model, (source, source), classifier=False)
-    model.encoder.norm = _End(scale=True).to(like)  # type: ignore[assignment]
-    model.decoder.norm = _End(scale=False).to(like)  # type: ignore[assignment]
+    model.encoder.norm = _End(scale=True).to(like)
+    model.decoder.norm = _End(scale=False).to(like)
     return model
 
 

@@ -132,8 +132,8 @@ class Norm(nn.Module):
             if stat_shape is None:
                 raise ValueError("running= keeps statistics, whose shape is needed: give features or running_shape.")
         self.register_buffer("running_mean", None if stat_shape is None else torch.empty(stat_shape, **options))
-        no_var = stat_shape is None or scale is None
-        self.register_buffer("running_var", None if no_var else torch.empty(stat_shape, **options))
+        var_shape = stat_shape if scale is not None else None
+        self.register_buffer("running_var", None if var_shape is None else torch.empty(var_shape, **options))
         tracked = None if stat_shape is None else torch.zeros((), dtype=torch.long, device=device)
         self.register_buffer("num_batches_tracked", tracked)
         self.reset_parameters()

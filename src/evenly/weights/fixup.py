@@ -328,7 +328,7 @@ def _shift_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     if not tensors:
         return args, kwargs
     first = tensors[0]
-    shifted = first + module.fixup_bias
+    shifted = first + module.get_parameter("fixup_bias")
 
     def swap(t: Any) -> Any:
         return shifted if t is first else t
@@ -470,7 +470,8 @@ class _Recorder(TorchDispatchMode):
         fresh = [t for t in writes if in_place or _storage(t) not in sources]
         if not fresh:
             return out  # a view
-        parents, params = [], set()
+        parents: list[int] = []
+        params: set[str] = set()
         for t in reads:
             key = _storage(t)
             if key in self.writer:
@@ -835,7 +836,7 @@ def _apply(
     *,
     removed: tuple[str, ...],
     L: int,
-    init: str,
+    init: Literal["keep", "fan_in", "fan_out"],
     rescale: bool,
     scalars: bool,
     classifier: bool,
@@ -920,7 +921,7 @@ def _heads(trace: _Trace, found: _Found) -> list[int]:
     ]
 
 
-def _he(model: nn.Module, mode: str) -> None:
+def _he(model: nn.Module, mode: Mode) -> None:
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
             weight = torch.empty_like(module.weight)
@@ -928,7 +929,7 @@ def _he(model: nn.Module, mode: str) -> None:
             if "weight" in module._parameters:
                 module.weight.copy_(weight)
             else:
-                module.weight = weight  # type: ignore[assignment] # a parametrization takes it apart
+                module.weight = weight  # a parametrization takes it apart
             if isinstance(module.bias, Tensor):
                 nn.init.zeros_(module.bias)
 
@@ -1060,7 +1061,7 @@ def _layers_of(branch: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
     kinds = (nn.Linear, nn.modules.conv._ConvNd)
     if isinstance(branch, nn.Module) and not isinstance(branch, kinds):
         return [module for module in branch.modules() if isinstance(module, kinds)]
-    layers = [branch] if isinstance(branch, nn.Module) else list(branch)
+    layers: list[nn.Module] = [branch] if isinstance(branch, nn.Module) else list(branch)
     wrong = [type(layer).__name__ for layer in layers if not isinstance(layer, kinds)]
     if wrong:
         raise ValueError(f"A branch holds {_some(wrong)}, expected linear layers and convolutions.")

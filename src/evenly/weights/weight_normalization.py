@@ -290,7 +290,7 @@ def from_torch_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> dict
             elif f"{old}_g" in result or f"{new}0" in result:
                 keys = (f"{old}_g", f"{old}_v") if f"{old}_g" in result else (f"{new}0", f"{new}1")
                 g, v = (result.pop(key) for key in keys)
-                want = getattr(module.parametrizations, name).original0.shape  # type: ignore[union-attr]
+                want = getattr(module.parametrizations, name).original0.shape
                 if g.shape != want:
                     raise ValueError(
                         f"{keys[0]} has shape {tuple(g.shape)}, expected {tuple(want)}: lengths along another axis. "
@@ -477,9 +477,10 @@ def _checked(module: nn.Module, name: str, dim: int | str | None, gain: Gain) ->
     """The parametrization of a weight, which it can have."""
     groups = None
     if dim == "output":
-        transposed = isinstance(module, _TRANSPOSED) and name == "weight"
-        dim = 1 if transposed else 0
-        groups = module.groups if transposed and module.groups != 1 else None
+        dim = 0
+        if isinstance(module, _TRANSPOSED) and name == "weight":
+            dim = 1
+            groups = module.groups if module.groups != 1 else None
     elif isinstance(dim, str):
         raise ValueError(f"dim={dim!r}, expected an axis, 'output' or None.")
     found = WeightNorm(dim, gain, groups)
@@ -550,7 +551,7 @@ def _refuse_shared(model: nn.Module, chosen: set[str]) -> None:
 
 
 def _feed_forward(model: nn.Module, only: Iterable[str] | None) -> dict[str, nn.Module]:
-    layers = {
+    layers: dict[str, nn.Module] = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, _UNITS) and _found(module, "weight") is not None
@@ -649,9 +650,9 @@ def _scale(layer: nn.Module, name: str, running: _Running, dead: str) -> None:
         mean = torch.where(constant, torch.zeros_like(mean), mean)
     if not bool(std.isfinite().all()):
         raise ValueError(f"The outputs of {name!r} are not finite; are the inputs?")
-    stored = layer.parametrizations.weight.original0  # type: ignore[union-attr]
+    stored = layer.get_parameter("parametrizations.weight.original0")
     exp = getattr(_found(layer, "weight"), "gain", "linear") == "exp"
-    stored.copy_((-std.log() if exp else 1 / std).reshape(stored.shape))  # type: ignore[union-attr, operator]
+    stored.copy_((-std.log() if exp else 1 / std).reshape(stored.shape))
     if isinstance(layer.bias, Tensor):
         layer.bias.copy_(-mean / std)
 
