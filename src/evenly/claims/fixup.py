@@ -105,6 +105,7 @@ def judge(results: Results) -> Judgement:
         blocks: [100 * (b - a) for a, b in zip(accuracy["fixup", blocks], accuracy["batch norm", blocks], strict=True)]
         for blocks in depths
     }
+    last = depths[-1]
     worst = max(statistics.mean(values) for values in gaps.values())
     deep = [blocks for blocks in depths if blocks >= 9] or depths
     behind = []  # points that He is behind Fixup; 100 where it diverged in every run
@@ -112,15 +113,19 @@ def judge(results: Results) -> Judgement:
         runs = _runs(results, "he", blocks, _best(results, "he", blocks))
         lead = statistics.mean(accuracy["fixup", blocks]) - statistics.mean(accuracy["he", blocks])
         behind.append(100.0 if all(run["diverged"] for run in runs) else 100 * lead)
-    last = depths[-1]
     he_rates = {
         f"n={blocks}": f"lr {_best(results, 'he', blocks):g}: {100 * statistics.mean(accuracy['he', blocks]):.1f} %"
         for blocks in depths
     }
     if diverged or worst > 3:
+        at = max(depths, key=lambda blocks: statistics.mean(gaps[blocks]))
+        values = ", ".join(f"{100 * value:.0f}" for value in accuracy["fixup", at])
+        judged = statistics.mean(run["accuracy"] for run in _runs(results, "fixup", at, JUDGED))
         why = (
-            f"Fixup diverges in {diverged} runs at {JUDGED:g} and is at most {worst:.1f} points behind batch "
-            f"normalization after {STEPS['full']} steps."
+            f"The worst depth is n={at}, where the search of {TUNING_STEPS['full']} steps picked the rate "
+            f"{_best(results, 'fixup', at):g} and the seeds end at {values} %; at {JUDGED:g} their mean is "
+            f"{100 * judged:.0f} %. At n={last} Fixup is {statistics.mean(gaps[last]):.1f} points behind batch "
+            f"normalization, and He is {behind[-1]:.0f} points behind Fixup."
         )
     else:
         why = (
