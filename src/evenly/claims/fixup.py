@@ -121,11 +121,13 @@ def judge(results: Results) -> Judgement:
         at = max(depths, key=lambda blocks: statistics.mean(gaps[blocks]))
         values = ", ".join(f"{100 * value:.0f}" for value in accuracy["fixup", at])
         judged = statistics.mean(run["accuracy"] for run in _runs(results, "fixup", at, JUDGED))
+        he = "He diverges" if behind[-1] == 100 else f"He is {behind[-1]:.0f} points behind Fixup"
+        gap = statistics.mean(gaps[last])
         why = (
             f"The worst depth is n={at}, where the search of {TUNING_STEPS['full']} steps picked the rate "
             f"{_best(results, 'fixup', at):g} and the seeds end at {values} %; at {JUDGED:g} their mean is "
-            f"{100 * judged:.0f} %. At n={last} Fixup is {statistics.mean(gaps[last]):.1f} points behind batch "
-            f"normalization, and He is {behind[-1]:.0f} points behind Fixup."
+            f"{100 * judged:.0f} %. At n={last} Fixup is {abs(gap):.1f} points {'behind' if gap > 0 else 'ahead of'} batch "
+            f"normalization, and {he}."
         )
     else:
         why = (
