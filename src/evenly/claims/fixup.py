@@ -126,8 +126,8 @@ def judge(results: Results) -> Judgement:
         why = (
             f"The worst depth is n={at}, where the search of {TUNING_STEPS['full']} steps picked the rate "
             f"{_best(results, 'fixup', at):g} and the seeds end at {values} %; at {JUDGED:g} their mean is "
-            f"{100 * judged:.0f} %. At n={last} Fixup is {abs(gap):.1f} points {'behind' if gap > 0 else 'ahead of'} batch "
-            f"normalization, and {he}."
+            f"{100 * judged:.0f} %. At n={last} Fixup is {abs(gap):.1f} points {'behind' if gap > 0 else 'ahead of'} "
+            f"batch normalization, and {he}."
         )
     else:
         why = (
