@@ -71,8 +71,6 @@ def _frozen(c: int, groups: int | None, last: bool, o: dict[str, Any]) -> nn.Mod
 
 
 def _mean_only(c: int, groups: int | None, last: bool, o: dict[str, Any]) -> nn.Module:
-    if o.get("eps") is not None:
-        raise ValueError(f"'mean-only' divides by nothing and has no eps, got eps={o['eps']}.")
     o = {key: value for key, value in o.items() if key != "eps"}
     return MeanOnlyBatchNorm(c, channel_dim=-1 if last else 1, **o)
 
@@ -171,7 +169,8 @@ def create(
         channel_dim: 1 or -1.
         num_groups: of ``"group"`` and ``"bcn"``; default :func:`default_groups`. Of ``"power"``: of its group
             scaling; default 1.
-        **options: ``eps``, ``activation``, ``device``, ``dtype``, passed to the layer.
+        **options: ``eps`` (not of ``"none"`` and ``"mean-only"``, which divide by nothing), ``activation``,
+            ``device``, ``dtype``, passed to the layer.
 
     Raises:
         ValueError: an unknown name.
