@@ -32,6 +32,7 @@ from torch import nn
 
 import evenly.models as em
 import evenly.nn as en
+import evenly.weights as ew
 
 BOUND = 1.5  # times the plain layer, forward + backward
 
@@ -91,6 +92,7 @@ def inputs() -> dict[str, tuple[tuple[int, ...], str, Made]]:
             lambda: en.BCNorm(c, estimate=True, moving_speed=0.1),
             "BatchNorm2d + GroupNorm (torch)",
         ),
+        "MeanOnlyBatchNorm": (lambda: en.MeanOnlyBatchNorm(c), "BatchNorm2d (torch)"),
         "EstBatchNorm": (lambda: en.EstBatchNorm(c, moving_speed=0.1), "BatchNorm2d (torch)"),
         "OnlineNorm": (lambda: en.OnlineNorm2d(c), "OnlineNorm2d (authors)"),
         "OnlineNorm (clamping)": (
@@ -116,7 +118,23 @@ def inputs() -> dict[str, tuple[tuple[int, ...], str, Made]]:
     features: Made = {
         "BatchNorm1d (torch)": (lambda: nn.BatchNorm1d(d), None),
         "LayerNorm (torch)": (lambda: nn.LayerNorm(d), None),
+        "MeanOnlyBatchNorm": (lambda: en.MeanOnlyBatchNorm(d), "BatchNorm1d (torch)"),
         "OnlineNorm": (lambda: en.OnlineNorm1d(d), "OnlineNorm1d (authors)"),
+    }
+
+    def conv() -> nn.Conv2d:
+        return nn.Conv2d(c, c, 3, padding=1)
+
+    weights: Made = {
+        "Conv2d (torch)": (conv, None),
+        "Conv2d, weight_norm (torch)": (lambda: nn.utils.parametrizations.weight_norm(conv()), None),
+        "Conv2d, weight_norm": (lambda: ew.weight_norm(conv()), "Conv2d, weight_norm (torch)"),
+        "Conv2d, weight_norm (exp)": (lambda: ew.weight_norm(conv(), gain="exp"), "Conv2d, weight_norm (torch)"),
+    }
+    linears: Made = {
+        "Linear (torch)": (lambda: nn.Linear(d, d), None),
+        "Linear, weight_norm (torch)": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(d, d)), None),
+        "Linear, weight_norm": (lambda: ew.weight_norm(nn.Linear(d, d)), "Linear, weight_norm (torch)"),
     }
     attention: Made = {
         "attention (torch, plain)": (lambda: PlainAttention(256, 8), None),
@@ -157,6 +175,8 @@ def inputs() -> dict[str, tuple[tuple[int, ...], str, Made]]:
         "tokens 32x64x512": ((32, 64, d), "LayerNorm (torch)", tokens),
         "attention 8x128x256": ((8, 128, 256), "attention (torch, plain)", attention),
         "blocks 8x128x256": ((8, 128, 256), "block, RMSNorm (torch)", blocks),
+        "weights of Conv2d 64x64x3x3, 4 images": ((4, c, 28, 28), "Conv2d (torch)", weights),
+        "weights of Linear 512x512, 128 samples": ((128, d), "Linear (torch)", linears),
         "features 128x512": ((128, d), "BatchNorm1d (torch)", features),
         "features 4096x512": ((4096, d), "BatchNorm1d (torch)", features),
     }

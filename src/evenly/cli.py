@@ -169,7 +169,8 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
 @app.command()
 def compare(
     norms: Annotated[
-        str | None, typer.Option(help="Names with commas between, or module:attribute. [default: all that fit]")
+        str | None,
+        typer.Option(help="Names with commas between, module:attribute, or all. [default: ten that fit]"),
     ] = None,
     data: Annotated[
         str, typer.Option(help="digits, breast_cancer, mnist:DIR, folder:DIR, csv:FILE:TARGET, text or text:FILE.")

@@ -13,7 +13,7 @@ from torch import nn
 
 import evenly.nn as en
 from evenly.stats import Standardize
-from evenly.weights import WeightStandardization
+from evenly.weights import WeightNorm, WeightStandardization
 
 Shape = tuple[int, ...]
 
@@ -61,6 +61,7 @@ class ParametrizationCase:
     layers: tuple[Callable[..., nn.Module], ...]
     catalog: str | None = None
     scale_invariant: bool = True  # a positive factor of the weight changes nothing
+    lengths: bool = False  # takes the length of each unit beside the weight, and registers what keeps the function
     shows: tuple[str, ...] = ("eps=",)
 
     def __str__(self) -> str:
@@ -121,6 +122,17 @@ LAYERS = (
         parameters=False,
         measures=False,
         shows=("4", "eps="),
+    ),
+    LayerCase(
+        "MeanOnlyBatchNorm",
+        "evenly.nn:MeanOnlyBatchNorm",
+        lambda **kw: en.MeanOnlyBatchNorm(4, **kw),
+        **_IMAGES,
+        catalog="weight-normalization",
+        batch_statistics=True,
+        running_state=True,
+        measures=False,  # the scale of the input stays
+        shows=("4", "momentum=", "bias=True"),
     ),
     LayerCase(
         "InstanceNorm",
@@ -360,6 +372,24 @@ PARAMETRIZATIONS = (
         lambda **kw: WeightStandardization(**kw),
         _CONVOLUTIONS,
         catalog="bcn-ws",
+    ),
+    ParametrizationCase(
+        "WeightNorm",
+        "evenly.weights:WeightNorm",
+        lambda **kw: WeightNorm(**kw),
+        _CONVOLUTIONS,
+        catalog="weight-normalization",
+        lengths=True,
+        shows=("dim=0", "gain='linear'"),
+    ),
+    ParametrizationCase(
+        "WeightNorm (exp)",
+        "evenly.weights:WeightNorm",
+        lambda **kw: WeightNorm(gain="exp", **kw),
+        _CONVOLUTIONS,
+        catalog="weight-normalization",
+        lengths=True,
+        shows=("dim=0", "gain='exp'"),
     ),
 )
 

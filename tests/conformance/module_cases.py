@@ -80,6 +80,14 @@ class _Distilled(nn.Module):
         return losses["a"] + losses["b"]
 
 
+def _stirred(model: nn.Module) -> nn.Module:
+    """With other values than the 0 that a network may start at."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
 MODULES = (
     *(
         ModuleCase(
@@ -158,6 +166,20 @@ MODULES = (
         (4, 6, 8),
         features="8",
         shows=("placement='sandwich'",),
+    ),
+    ModuleCase(
+        "FixupResNet (basic)",
+        ("evenly.models:FixupResNet", "evenly.models:FixupBasicBlock"),
+        lambda: _stirred(em.FixupResNet(em.FixupBasicBlock, (1, 1), 5, 4)),
+        (4, 3, 8, 8),
+        catalog="fixup",
+    ),
+    ModuleCase(
+        "FixupResNet (bottleneck)",
+        ("evenly.models:FixupResNet", "evenly.models:FixupBottleneck"),
+        lambda: _stirred(em.FixupResNet(em.FixupBottleneck, (1, 1), 5, 4, large=True)),
+        (4, 3, 16, 16),
+        catalog="fixup",
     ),
     ModuleCase(
         "GPT",

@@ -19,7 +19,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from evenly.cli import app
-from evenly.models import RECIPES, Recipe
+from evenly.models import RECIPES, Recipe, recipes_for
 from evenly.workbench import StoreError, TrialFailure, TrialResult, TrialSettings, compare
 from evenly.workbench.engines import Engine
 from evenly.workbench.progress import Watch
@@ -169,6 +169,17 @@ def test_a_new_recipe_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     done = compare(out=tmp_path, console=quiet(), **TINY | {"seeds": 1})
     assert "brand-new" in {arm.norm for arm in done.arms}
     assert "instance" not in {arm.norm for arm in done.arms}
+
+
+def test_named_rows_and_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MODULE, "make_engine", lambda *a, **k: Here())
+    done = compare(["all"], out=tmp_path / "all", console=quiet(), **TINY | {"seeds": 1})
+    assert {arm.norm for arm in done.arms} == set(recipes_for("tabular"))
+    done = compare(out=tmp_path / "default", console=quiet(), **TINY | {"seeds": 1})
+    names = {arm.norm for arm in done.arms}
+    assert "wn" in names  # initialized from data
+    assert "power" not in names
+    assert not done.failed
 
 
 @pytest.mark.parametrize(

@@ -230,4 +230,5 @@ def _estimate_statistics(original: nn.Module, model: nn.Module, site: Site, batc
     for _, given in _pairs(original, model, site, batches):
         stats.update(given.x, given.x)
     module.running_mean.copy_(stats.means()[0])
-    module.running_var.copy_(stats.variance(correction=1))
+    if isinstance(module.running_var, Tensor):
+        module.running_var.copy_(stats.variance(correction=1))

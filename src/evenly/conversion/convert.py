@@ -290,7 +290,8 @@ class _Job:
         _carry(layer, "bias", bias, source.num_features)
         if source.stats is not None and isinstance(getattr(layer, "running_mean", None), Tensor):
             layer.running_mean.copy_(source.stats[0])
-            layer.running_var.copy_(source.stats[1])
+            if isinstance(layer.running_var, Tensor):  # a mean-only layer has none
+                layer.running_var.copy_(source.stats[1])
             counted = getattr(source.module, "num_batches_tracked", None)
             if isinstance(counted, Tensor) and isinstance(getattr(layer, "num_batches_tracked", None), Tensor):
                 layer.num_batches_tracked.copy_(counted)

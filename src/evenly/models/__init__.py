@@ -6,11 +6,21 @@ number of features, so that every normalization of the library can be put in the
 
 :func:`gpt` is a small decoder-only language model of :class:`TransformerBlock`, with ``norm=``, ``qk_norm=`` and
 ``placement=``; :class:`NGPT` is the normalized Transformer. Both are language models with ``generate``.
+
+:func:`fixup_resnet_cifar`, :func:`fixup_resnet_imagenet` and :func:`fixup_transformer` are Fixup's networks.
 """
 
 from __future__ import annotations
 
 from evenly.models.attention import Attention, AttentionBlock, FeedForward, Residual, TransformerBlock
+from evenly.models.fixup import (
+    FixupBasicBlock,
+    FixupBottleneck,
+    FixupResNet,
+    fixup_resnet_cifar,
+    fixup_resnet_imagenet,
+    fixup_transformer,
+)
 from evenly.models.gpt import GPT, gpt
 from evenly.models.mlp import MLP, mlp
 from evenly.models.ngpt import NGPT, NGPTConfig
@@ -26,12 +36,18 @@ __all__ = [
     "Attention",
     "AttentionBlock",
     "FeedForward",
+    "FixupBasicBlock",
+    "FixupBottleneck",
+    "FixupResNet",
     "NGPTConfig",
     "Recipe",
     "ResNet",
     "Residual",
     "Rotary",
     "TransformerBlock",
+    "fixup_resnet_cifar",
+    "fixup_resnet_imagenet",
+    "fixup_transformer",
     "gpt",
     "mlp",
     "recipe",

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from evenly.models._language import LanguageModel
@@ -158,8 +159,9 @@ def gpt(
         tie=tie,
         dropout=dropout,
     )
-    finished = model if isinstance(norm, str) and norm in available() else recipe(norm).finish(model)
-    return cast(GPT, finished)
+    if isinstance(norm, str) and norm in available():
+        return model
+    return cast(GPT, recipe(norm).finish(model, torch.zeros(2, min(2, block_size), dtype=torch.long)))
 
 
 def _initialize(module: nn.Module) -> None:

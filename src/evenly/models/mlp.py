@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from evenly.models._normed import NormedActivation
@@ -83,4 +84,4 @@ def mlp(
     """
     row = recipe(norm)
     model = MLP(in_features, num_classes, row.build, widths, bias=row.layer == "none")
-    return row.finish(model)
+    return row.finish(model, torch.zeros(2, in_features))

@@ -1,14 +1,16 @@
 """The normalizations that a model can be built with: one row each.
 
-A recipe says which layer stands where a network normalizes, and what is done to the whole network besides
-(``prepare``), such as standardizing its convolution weights. The networks of :mod:`evenly.models` and the
-command ``evenly compare`` take every row of :data:`RECIPES`; a new method adds one row and appears in both.
+A recipe says which layer stands where a network normalizes, what is done to the whole network besides (``prepare``),
+such as standardizing its convolution weights, and what its initialization takes from data (``start``). The networks
+of :mod:`evenly.models` and the command ``evenly compare`` take every row of :data:`RECIPES`; a new method adds one row
+and appears in both. Rows with ``default=False`` are compared where they are named.
 
 ``"frozen"`` and ``"sync"`` of :func:`evenly.nn.create` have no row: frozen batch normalization needs the
 statistics of a trained network, and synchronized batch normalization needs a process group.
 
-Reference: group normalization with weight standardization is the recipe of Qiao et al. 2019,
-arXiv:1903.10520.
+References: group or batch-channel normalization with weight standardization: Qiao et al. 2019, arXiv:1903.10520; weight
+normalization, alone and with mean-only batch normalization: Salimans & Kingma 2016, arXiv:1602.07868; Fixup: Zhang et
+al. 2019, arXiv:1901.09321.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from evenly.models._language import LanguageModel
@@ -41,8 +43,12 @@ class Recipe:
         name: how users call it, in ``norm=`` and ``--norms``.
         layer: the layer in the places where the network normalizes: a name for :func:`evenly.nn.create`, or
             a callable that takes the number of features (channels, axis 1) and returns a module.
-        prepare: called with the finished network; changes it in place or returns another one. ``None``:
-            nothing more to do.
+        prepare: called with the finished network and an example of its input, whose values do not matter; changes the
+            network in place or returns another one. ``None``: nothing more to do.
+        start: called with the network and a list of batches of training inputs, before training: initialization from
+            data, in place. ``None``: none.
+        default: whether ``evenly compare`` takes it where no normalizations are named; others are named with
+            ``--norms``.
         kinds: the inputs it is for: ``"image"`` (N, C, H, W), ``"tabular"`` (N, C), and ``"text"``, the tokens of a
             language model (N, T, C).
         language: for text, builds the language model from the sizes of :func:`evenly.models.gpt`, where that is more
@@ -52,7 +58,9 @@ class Recipe:
 
     name: str
     layer: Layer
-    prepare: Callable[[nn.Module], nn.Module] | None = None
+    prepare: Callable[[nn.Module, Tensor], nn.Module] | None = None
+    start: Callable[[nn.Module, list[Tensor]], object] | None = None
+    default: bool = True
     kinds: tuple[str, ...] = VECTORS
     language: Callable[..., LanguageModel] | None = None
     description: str = ""
@@ -85,16 +93,57 @@ class Recipe:
 
         return gpt(vocab_size, norm=self, **sizes)
 
-    def finish(self, model: nn.Module) -> nn.Module:
-        """Apply ``prepare`` to a finished network and return the network."""
-        return model if self.prepare is None else self.prepare(model)
+    def finish(self, model: nn.Module, example: Tensor) -> nn.Module:
+        """Apply ``prepare`` to a finished network, with an example of its input, and return the network."""
+        return model if self.prepare is None else self.prepare(model, example)
+
+    def initialize(self, model: nn.Module, batches: list[Tensor]) -> None:
+        """Apply ``start`` to a network, with batches of training inputs.
+
+        >>> import torch
+        >>> from evenly.models import mlp
+        >>> model, x = mlp(4, 2, norm="wn"), torch.randn(64, 4)
+        >>> recipe("wn").initialize(model, [x])
+        >>> y = model(x)
+        >>> bool(y.mean(0).abs().max() < 1e-5)
+        True
+        """
+        if self.start is not None:
+            self.start(model, batches)
 
 
-def _weight_standardize(model: nn.Module) -> nn.Module:
+def _weight_standardize(model: nn.Module, example: Tensor) -> nn.Module:
     from evenly.weights import weight_standardize_
 
     weight_standardize_(model)
     return model
+
+
+def _weight_normalize(model: nn.Module, example: Tensor) -> nn.Module:
+    from evenly.weights import weight_normalize_
+
+    weight_normalize_(model)
+    return model
+
+
+def _from_data(model: nn.Module, batches: list[Tensor]) -> None:
+    from evenly.weights import data_dependent_init_
+
+    # A unit that is constant on these inputs, as a corner of an image can make it, keeps its length.
+    data_dependent_init_(model, batches, dead="keep")
+
+
+def _fixup(model: nn.Module, example: Tensor) -> nn.Module:
+    from evenly.weights import fixup_
+
+    fixup_(model, example)
+    return model
+
+
+def _nothing(num_features: int) -> nn.Module:
+    from evenly.nn import NoNorm
+
+    return NoNorm()  # as "none", but for a bias in front of it, which scalars replace
 
 
 def _query_key_norm(vocab_size: int, **sizes: Any) -> LanguageModel:
@@ -124,6 +173,46 @@ _ROWS = (
         _weight_standardize,
         kinds=("image",),
         description="group normalization, with standardized convolution weights",
+    ),
+    Recipe(
+        "bcn+ws",
+        "bcn",
+        _weight_standardize,
+        kinds=("image",),
+        default=False,
+        description="batch, then group normalization, with standardized convolution weights",
+    ),
+    Recipe(
+        "bcn-est+ws",
+        "bcn-est",
+        _weight_standardize,
+        kinds=("image",),
+        default=False,
+        description="as bcn+ws, with estimates in place of the statistics of the batch",
+    ),
+    Recipe("power", "power", default=False, description="a running mean square a channel, in both passes"),
+    Recipe("online", "online", default=False, description="running statistics a channel, sample after sample"),
+    Recipe(
+        "wn",
+        "none",
+        _weight_normalize,
+        _from_data,
+        description="no layer; weights of learned length and direction, initialized from data",
+    ),
+    Recipe(
+        "wn+mean-only",
+        "mean-only",
+        _weight_normalize,
+        _from_data,
+        default=False,
+        description="as wn, with the mean of the batch taken out of each channel",
+    ),
+    Recipe(
+        "fixup",
+        _nothing,
+        _fixup,
+        kinds=("image",),
+        description="no layer; branches that start at 0, rescaled weights, learned scalars",
     ),
     Recipe("instance", "instance", kinds=("image",), description="one statistic a sample and channel"),
     Recipe("rms", "rms", kinds=KINDS, description="as layer, dividing by the root mean square without centring"),
@@ -187,11 +276,12 @@ def recipe(norm: str | Recipe | Callable[[int], nn.Module]) -> Recipe:
     return Recipe(norm, found, kinds=KINDS, description=f"{module}:{attribute}")
 
 
-def recipes_for(kind: str) -> list[str]:
+def recipes_for(kind: str, default: bool | None = None) -> list[str]:
     """The names of the recipes for inputs of a kind.
 
     Args:
         kind: ``"image"``, ``"tabular"`` or ``"text"``.
+        default: only those that ``evenly compare`` takes unasked (``True``), or only the others (``False``).
 
     Raises:
         ValueError: another kind.
@@ -201,4 +291,4 @@ def recipes_for(kind: str) -> list[str]:
     """
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
-    return [name for name, row in RECIPES.items() if kind in row.kinds]
+    return [name for name, row in RECIPES.items() if kind in row.kinds and default in (None, row.default)]

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -114,7 +115,7 @@ def resnet(
     """
     row = recipe(norm)
     model = ResNet(in_channels, num_classes, row.build, widths, blocks, preactivation, bias=row.layer == "none")
-    return row.finish(model)
+    return row.finish(model, torch.zeros(2, in_channels, 8, 8))
 
 
 class _PostBlock(nn.Module):

@@ -6,6 +6,7 @@ from evenly.nn.create import available, create
 from evenly.nn.groupnorm import GroupNorm, InstanceNorm
 from evenly.nn.layernorm import LayerNorm, RMSNorm, ScaleNorm
 from evenly.nn.layernorm_rnn import LayerNormGRUCell, LayerNormLSTM, LayerNormLSTMCell, LayerNormRNNCell
+from evenly.nn.mean_only_batchnorm import MeanOnlyBatchNorm
 from evenly.nn.ngpt import NormalizedEmbedding, NormalizedLinear, ProjectedOptimizer, ScaledParameter, project_
 from evenly.nn.nonorm import NoNorm
 from evenly.nn.norm import Norm
@@ -20,6 +21,7 @@ __all__ = [
     "NoNorm",
     "BatchNorm",
     "FrozenBatchNorm",
+    "MeanOnlyBatchNorm",
     "LayerNorm",
     "RMSNorm",
     "ScaleNorm",

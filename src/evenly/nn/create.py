@@ -16,6 +16,7 @@ from evenly.nn.batchnorm import BatchNorm, FrozenBatchNorm
 from evenly.nn.bcnorm import BCNorm
 from evenly.nn.groupnorm import GroupNorm, InstanceNorm
 from evenly.nn.layernorm import LayerNorm, RMSNorm, ScaleNorm
+from evenly.nn.mean_only_batchnorm import MeanOnlyBatchNorm
 from evenly.nn.nonorm import NoNorm
 from evenly.nn.norm import Norm
 from evenly.nn.onlinenorm import OnlineNorm
@@ -69,6 +70,11 @@ def _frozen(c: int, groups: int | None, last: bool, o: dict[str, Any]) -> nn.Mod
     return FrozenBatchNorm(c, **o)
 
 
+def _mean_only(c: int, groups: int | None, last: bool, o: dict[str, Any]) -> nn.Module:
+    o = {key: value for key, value in o.items() if key != "eps"}
+    return MeanOnlyBatchNorm(c, channel_dim=-1 if last else 1, **o)
+
+
 def _power(c: int, groups: int | None, last: bool, o: dict[str, Any]) -> nn.Module:
     # The class's warm-up is that of a translation recipe of 100000 steps; here the state is warm after some dozens.
     o = {"warmup_iters": 100, "group_num": 1 if groups is None else groups} | _without_activation("power", o)
@@ -106,6 +112,7 @@ _LAYERS: dict[str, Callable[[int, int | None, bool, dict[str, Any]], nn.Module]]
     "batch": lambda c, groups, last, o: BatchNorm(c, channel_dim=-1 if last else 1, **o),
     "sync": lambda c, groups, last, o: BatchNorm(c, sync=True, channel_dim=-1 if last else 1, **o),
     "frozen": _frozen,
+    "mean-only": _mean_only,
     "layer": _layer,
     "rms": _rms,
     "scale": _scale,
@@ -143,6 +150,7 @@ def create(
     batch        one statistic a channel                     the same
     sync         the same, over all processes                the same
     frozen       constants                                   refused
+    mean-only    one mean a channel; no scale                the same
     layer        one statistic a sample                      one a position
     rms          the same, without mean                      one a position, without mean
     scale        rms with one learned scale                  l2 with one learned length
@@ -161,7 +169,8 @@ def create(
         channel_dim: 1 or -1.
         num_groups: of ``"group"`` and ``"bcn"``; default :func:`default_groups`. Of ``"power"``: of its group
             scaling; default 1.
-        **options: ``eps``, ``activation``, ``device``, ``dtype``, passed to the layer.
+        **options: ``eps`` (not of ``"none"`` and ``"mean-only"``, which divide by nothing), ``activation``,
+            ``device``, ``dtype``, passed to the layer.
 
     Raises:
         ValueError: an unknown name.

@@ -45,8 +45,9 @@ class Norm(nn.Module):
         eps: default 1e-5 for ``"std"`` and ``"rms"``, 1e-12 for the norms.
         activation: fused after it: ``"relu"``, ``"silu"``, ``"gelu"`` or ``None``.
         running: keep running statistics, of this pattern (``"n c ... -> c"``); the axes on its right are the
-            shape of ``running_mean``, given by ``running_shape``. In training the layer uses the statistics of
-            its input, in evaluation the running ones.
+            shape of ``running_mean`` and ``running_var``, given by ``running_shape``; without a ``scale`` there is
+            no ``running_var``. In training the layer uses the statistics of its input, in evaluation the running
+            ones.
         running_shape: the shape of the running statistics; default ``features``.
         momentum: weight of the new value in the running average; ``None`` for the plain average of all batches.
         sync: in training, share statistics with all processes of ``process_group`` (the default group if
@@ -131,15 +132,17 @@ class Norm(nn.Module):
             if stat_shape is None:
                 raise ValueError("running= keeps statistics, whose shape is needed: give features or running_shape.")
         self.register_buffer("running_mean", None if stat_shape is None else torch.empty(stat_shape, **options))
-        self.register_buffer("running_var", None if stat_shape is None else torch.empty(stat_shape, **options))
+        var_shape = stat_shape if scale is not None else None
+        self.register_buffer("running_var", None if var_shape is None else torch.empty(var_shape, **options))
         tracked = None if stat_shape is None else torch.zeros((), dtype=torch.long, device=device)
         self.register_buffer("num_batches_tracked", tracked)
         self.reset_parameters()
 
     def reset_running_stats(self) -> None:
         """Forget the running statistics: mean 0, variance 1."""
-        if self.running_mean is not None and self.running_var is not None:
+        if self.running_mean is not None:
             self.running_mean.zero_()
+        if self.running_var is not None:
             self.running_var.fill_(1)
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.zero_()
@@ -183,18 +186,20 @@ class Norm(nn.Module):
         return y
 
     def _quick(self, x: Tensor, residual: Tensor | None) -> Tensor | None:
-        """The output by the short way: for a call like an earlier one, with a weight that shows that sizes fit."""
+        """The output by the short way: for a call like an earlier one, with parameters that show that sizes fit."""
         if torch.compiler.is_compiling() or not isinstance(x, Tensor):
             return None
         parameters = self._parameters
-        weight = parameters.get("weight")
-        if weight is None or "bias" not in parameters:
+        weight, bias = parameters.get("weight"), parameters.get("bias")
+        if "bias" not in parameters or (weight is None and (bias is None or self.weight is not None)):
             return None
         pattern = self.pattern
         stats = running = None
         if self.running is not None:
             buffers = self._buffers
             mean, var = buffers.get("running_mean"), buffers.get("running_var")
+            if mean is not None and var is None and self.scale is None:
+                var = torch.empty_like(mean)  # the kernel's second statistic, which is not used
             if mean is not None and var is not None:
                 if not self.training:
                     pattern, stats = self.running, (mean, var)
@@ -219,7 +224,7 @@ class Norm(nn.Module):
             stats is None,
             *self.sizes.items(),
         )
-        y = operator.quick(key, x, weight, parameters["bias"], residual, stats or operator.MEASURED, running)
+        y = operator.quick(key, x, weight, bias, residual, stats or operator.MEASURED, running)
         if y is not None and running is not None:
             tracked = self.num_batches_tracked
             if tracked is not None:
@@ -260,14 +265,14 @@ class Norm(nn.Module):
     @torch.no_grad()
     def _update(self, measured: Moments) -> None:
         """Move the running statistics towards those of this batch; the variance unbiased."""
-        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+        if self.running_mean is None or self.num_batches_tracked is None:
             return
         if recomputing():
             return  # it was counted already
         mean, var, count = measured.mean.detach(), measured.var.detach(), measured.count
         if count.numel() == 0:
             return
-        enough = count > 1
+        enough = count > (1 if self.running_var is not None else 0)
         var = var * (count / (count - 1).clamp(min=1))
         if self.running != self.pattern:
             assert self.running is not None
@@ -276,10 +281,11 @@ class Norm(nn.Module):
             enough = reduce(enough, to, "all")
         self.num_batches_tracked.add_(1)
         factor = 1.0 / self.num_batches_tracked.to(var.dtype) if self.momentum is None else self.momentum
-        # A statistic of fewer than two values (all others masked) teaches nothing.
-        step = torch.where(enough, factor, torch.zeros_like(var)).to(self.running_var.dtype)
+        # A statistic of too few values (two for a variance, all others masked) teaches nothing.
+        step = torch.where(enough, factor, torch.zeros_like(var)).to(self.running_mean.dtype)
         for running, value in ((self.running_mean, mean), (self.running_var, var)):
-            running.lerp_(torch.where(enough, value.to(running.dtype), running), step)
+            if running is not None:
+                running.lerp_(torch.where(enough, value.to(running.dtype), running), step)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any

@@ -128,8 +128,8 @@ def compare(
     """Compare normalizations by training with each of them.
 
     Args:
-        norms: names in :data:`evenly.models.RECIPES`, or ``"module:attribute"`` paths to your own; ``None``: every
-            recipe for the kind of data.
+        norms: names in :data:`evenly.models.RECIPES`, or ``"module:attribute"`` paths to your own; ``"all"`` among them
+            stands for every recipe for the kind of data; ``None``: the default ones of these.
         data: what to train on, as in :func:`evenly.data.load`; or ``"text"``, the source of Python's standard
             library, or ``"text:FILE"``.
         ood: a second data set with the same classes, tested on and never trained on.
@@ -309,14 +309,12 @@ def _plan(
     if ood is not None:
         load_data(ood)
     model = model or ("resnet" if dataset.kind == "image" else "mlp")
-    names = tuple(norms) if norms is not None else tuple(recipes_for(dataset.kind))
+    names = _names(norms, "tabular" if model == "mlp" else dataset.kind)
     if not names or len(set(names)) < len(names):
         raise ValueError(f"normalizations are {list(names)}, expected one or more, each once")
     kinds = {name: recipe(name).kinds for name in names}
     if model in ("resnet", "mlp"):
         kind = "tabular" if model == "mlp" else dataset.kind
-        if norms is None:
-            names = tuple(name for name in names if kind in kinds[name])
         wrong = [name for name in names if kind not in kinds[name]]
         if wrong:
             raise ValueError(
@@ -376,7 +374,7 @@ def _plan_text(
     if model not in (None, "gpt"):
         raise ValueError(f"model {model!r} does not read text: use --model gpt")
     text = load_words(data)
-    names = tuple(norms) if norms is not None else tuple(recipes_for("text"))
+    names = _names(norms, "text")
     if not names or len(set(names)) < len(names):
         raise ValueError(f"normalizations are {list(names)}, expected one or more, each once")
     wrong = [name for name in names if "text" not in recipe(name).kinds]
@@ -414,6 +412,16 @@ def _plan_text(
         data_kind="text",
         sizes=(len(windows(text.train)[0]), len(windows(text.val)[0])),
     )
+
+
+def _names(norms: Sequence[str] | None, kind: str) -> tuple[str, ...]:
+    """The normalizations that were asked for."""
+    from evenly.models import recipes_for
+
+    if norms is None:
+        return tuple(recipes_for(kind, default=True))
+    every = tuple(recipes_for(kind))
+    return tuple(name for given in norms for name in (every if given == "all" else (given,)))
 
 
 def _code(model: str, norm: str) -> str:

@@ -9,6 +9,8 @@ linearly over the first fifth of the steps to ``lr`` and falling to zero along a
 scaled by the mean and standard deviation of the training set. The last incomplete batch of an epoch is left out, so
 every step costs the same and no statistic is taken over a lone remainder.
 
+Initializations that need data (weight normalization's) get 256 training inputs, whatever the batch size.
+
 Divergence is a result and no error: if the loss is not finite, or its running mean exceeds ten times the loss of
 guessing, log(number of classes), training stops and the trial is marked as diverged. It is tested as it is; a
 prediction that is not finite counts as wrong.
@@ -54,6 +56,7 @@ __all__ = ["TrialFailure", "TrialResult", "TrialSettings", "build_model", "code_
 
 WEIGHT_DECAY = 0.01
 WARMUP = 0.2
+INITIAL_SAMPLES = 256  # training inputs for initializations that take data
 VALIDATION = 0.2
 CURVE_POINTS = 40
 EXPLODED = 10.0
@@ -238,6 +241,8 @@ def run_trial(settings: TrialSettings, cache: str | Path | None = None) -> Trial
     """
     if is_text(settings.data):
         return _run_on_text(settings)
+    from evenly.models import recipe
+
     started = time.perf_counter()
     data = load_data(settings.data)
     with _reproducible(settings.seed):
@@ -256,6 +261,8 @@ def run_trial(settings: TrialSettings, cache: str | Path | None = None) -> Trial
         def prepare(x: Tensor) -> Tensor:
             return data.normalize(x).to(device)
 
+        few = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(settings.seed))[:INITIAL_SAMPLES]
+        recipe(settings.norm).initialize(model, [prepare(inputs[few])])
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=WEIGHT_DECAY, fused=True)
 
@@ -321,8 +328,8 @@ def build_model(model: str, kind: str, shape: tuple[int, ...], num_classes: int,
             ``factory(in_features, num_classes, *, norm)`` that returns a module from a batch of inputs to logits.
             ``in_features`` is the number of channels for images and the number of features else. ``norm`` is a
             callable from a number of features to a new normalization layer, the same that ``"resnet"`` and
-            ``"mlp"`` use; with ``--norms none`` it returns ``torch.nn.Identity``. What the recipe does to the
-            whole network (weight standardization) is applied to what the factory returns.
+            ``"mlp"`` use; with ``--norms none`` it returns a layer that does nothing. What the recipe does to the
+            whole network (weight standardization, Fixup) is applied to what the factory returns.
         kind: ``"image"`` or ``"tabular"``.
         shape: shape of one input.
         num_classes: length of the output.
@@ -348,7 +355,7 @@ def build_model(model: str, kind: str, shape: tuple[int, ...], num_classes: int,
     built = factory(shape[0], num_classes, norm=row.build)
     if not isinstance(built, nn.Module):
         raise TypeError(f"model {model!r} returned {type(built).__name__}, expected a torch.nn.Module")
-    return row.finish(built)
+    return row.finish(built, torch.zeros(2, *shape))
 
 
 @functools.lru_cache
