@@ -232,6 +232,6 @@ def _diagonal_jacobian(eig: Eig) -> Tensor:
 
 def _not_converged(metric: str, residual: Tensor, tolerance: float) -> RuntimeError:
     return RuntimeError(
-        f"{metric}: {ITERATIONS} iterations left a residual of {residual.max():.3g}, wanted {tolerance:g}; the matrices "
-        "are too close to singular for this metric, or need float64."
+        f"{metric}: {ITERATIONS} iterations left a residual of {residual.max():.3g}, wanted {tolerance:g}; the "
+        "matrices are too close to singular for this metric, or need float64."
     )

@@ -186,8 +186,9 @@ class _AffineInvariant(SPD):
         return torch.eye(n, dtype=torch.float64)
 
     def mean(self, w: Tensor, dims: Sequence[int], steps: int | None = None, tol: float | None = None) -> Center:
-        # The Karcher flow. By affine invariance the step G^½ exp(mean log(G^-½ X G^-½)) G^½ may use any root of G;
-        # with the Cholesky factor the batch that it takes logarithms of is the batch centred by G.
+        # The Karcher flow, with unit steps (as published) or, to a tolerance, with safe ones. By affine invariance
+        # the step G^½ exp(mean log(G^-½ X G^-½)) G^½ may use any root of G; with the Cholesky factor the batch that
+        # it takes logarithms of is the batch centred by G.
         limit, tol = karcher_limit(steps, tol, w.dtype)
         flow = self._flow if tol is None else self._flow_to_tolerance
         return flow(w, tuple(dims), limit, tol)
@@ -195,7 +196,7 @@ class _AffineInvariant(SPD):
     def _flow(self, w: Tensor, dims: tuple[int, ...], limit: int, tol: float | None) -> Center:
         mean = self._start(w, dims)
         length: Tensor | None = None
-        step: Tensor | float = 1.0
+        trust: Tensor | float = 1.0
         for _ in range(limit):
             factor, centred = _congruence(w, mean)
             eig = positive(decompose(centred), "centred matrix")
@@ -205,10 +206,15 @@ class _AffineInvariant(SPD):
                     before, length = length, tangent.square().sum((-2, -1), keepdim=True).sqrt()
                     if bool((length <= tol).all()):
                         return Center(mean, eig)
-                    if before is not None:  # a step that went too far: go half as far from now on
-                        step = torch.where(length > before, 0.5 * step, step)
-            change = step * tangent
-            mean = factor @ spectral(change, "exp", decompose(change)) @ factor.mT
+                    if before is not None:  # a step that went too far
+                        trust = torch.where(length > before, 0.5 * trust, trust)
+                    step = trust * _step_size(eig.values, dims)
+                # The determinant is a flat direction, in which a whole step is exact.
+                flat = torch.diag_embed(
+                    tangent.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).expand(tangent.shape[:-1])
+                )
+                tangent = flat + step * (tangent - flat)
+            mean = factor @ spectral(tangent, "exp", decompose(tangent)) @ factor.mT
             mean = 0.5 * (mean + mean.mT)
         return Center(mean)
 
@@ -256,6 +262,16 @@ class _CholeskyRightInvariant(_AffineInvariant):
         """The group's product ``p ⊙ q``."""
         # (p ⊙ q)⁻¹ = q⁻¹ ⊙ p⁻¹
         return self.undeform(self.translate(self.deform(p), self.deform(q)))
+
+
+def _step_size(values: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """2 / (1 + L): the Hessian of the mean of d²/2 lies between 1 and L, the mean of (δ/2) coth(δ/2).
+
+    δ is the logarithm of a centred matrix's condition number. A step of 1 need not converge where L is above 2.
+    """
+    half = 0.5 * (values[..., -1] / values[..., 0]).log()
+    bound = torch.where(half < 1e-3, 1.0, half / half.clamp(min=1e-3).tanh())
+    return (2 / (1 + bound.mean(dims, keepdim=True)))[..., None, None]
 
 
 def _chart(factor: Tensor) -> Tensor:

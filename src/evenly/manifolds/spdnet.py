@@ -77,10 +77,12 @@ class BiMap(nn.Module):
         """Map ``x`` (..., in_size, in_size)."""
         if x.ndim < 2 or x.shape[-2:] != (self.in_size, self.in_size):
             raise ValueError(f"BiMap expects (..., {self.in_size}, {self.in_size}), got {tuple(x.shape)}.")
-        weight = self.weight
-        if x.dtype != weight.dtype:
-            raise TypeError(f"BiMap holds {weight.dtype} and got {x.dtype}; convert one of them, as by layer.double().")
-        with torch.autocast(x.device.type, enabled=False):
+        with _exact(x):
+            weight = self.weight
+            if x.dtype != weight.dtype:
+                raise TypeError(
+                    f"BiMap holds {weight.dtype} and got {x.dtype}; convert one of them, such as by layer.double()."
+                )
             y = weight.mT @ x @ weight
             return 0.5 * (y + y.mT)
 
