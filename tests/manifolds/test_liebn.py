@@ -552,8 +552,8 @@ def test_momentum_schedule():
     rho = 0.5 ** (1 / epochs)
     for e, (momentum, _) in enumerate(pairs, 1):
         assert momentum == pytest.approx(1 - (rho ** (epochs * (epochs - e) / (epochs - 1)) - rho**epochs))
-    assert pairs[0] == pytest.approx((1.0, 1 - 0.9**0.5))
-    assert pairs[-1] == pytest.approx((0.5, 0.1))
+    assert pairs[0] == pytest.approx((1.0, 0.1))
+    assert pairs[-1] == pytest.approx((0.5, 1 - 0.9**0.5))
 
 
 # ---- refusals ----------------------------------------------------------------------------------------------

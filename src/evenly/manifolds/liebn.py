@@ -27,10 +27,12 @@ Reference:
 Where the paper and its released code differ, or the code slips:
     The code starts the running mean of LEM and LCM at the identity *matrix*; the neutral element of their working
     space is 0, and that is used here. Its running statistics in the SPDNet layer are not in the state dict; here they
-    are. It takes one step of the Karcher flow for AIM, with which the output's mean is not quite B; the default here is
-    to iterate to a tolerance, and ``karcher_steps=1`` is the code. It clamps eigenvalues at 1e-7 (1e-4 in float32);
-    here a matrix that is not positive definite raises. Batch statistics are detached from the gradient as in the code
-    (not for correlation matrices); ``detach_stats=False`` differentiates through them.
+    are. For AIM it takes one step of the Karcher flow (in the later toolbox none where the mean tangent is shorter
+    than 0.1), with which the output's mean is not quite B; the default here is to iterate to a tolerance with steps
+    that converge, and ``karcher_steps=1`` is the code of the paper. The toolbox sends no gradient to s under AIM and
+    CRIM; here it gets one. The code clamps eigenvalues at 1e-7 (1e-4 in float32); here a matrix that is not positive
+    definite raises. Batch statistics are detached from the gradient as in the code (not for correlation matrices);
+    ``detach_stats=False`` differentiates through them.
 """
 
 from __future__ import annotations
@@ -608,8 +610,8 @@ def momentum_schedule(
 
     The first falls from 1 to ``1 - ρ^epochs`` with ``ρ = (batch_size / reference_batch_size)^(1/epochs)``, that is
     from plain batch statistics to running ones:
-    ``1 - ρ^(epochs (epochs - epoch)/(epochs - 1)) + ρ^epochs``. The second is ``1 - decay^k``, where k goes from
-    ``batch_size / reference_batch_size`` to 1.
+    ``1 - ρ^(epochs (epochs - epoch)/(epochs - 1)) + ρ^epochs``. The second is ``1 - decay^k``, where k goes from 1 to
+    ``batch_size / reference_batch_size``.
 
     Args:
         epoch: 1 to ``epochs``.
@@ -632,7 +634,7 @@ def momentum_schedule(
         raise ValueError(f"decay={decay}, expected a number of at least 0 and below 1.")
     ratio = batch_size / reference_batch_size
     left = (epochs - epoch) / (epochs - 1)
-    return 1 - ratio**left + ratio, 1 - decay ** (ratio * left + (1 - left))
+    return 1 - ratio**left + ratio, 1 - decay ** (left + ratio * (1 - left))
 
 
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
