@@ -120,7 +120,7 @@ def decompose(a: Tensor) -> Eig:
 
 
 def spectral(a: Tensor, rule: str, eig: Eig, parameter: float = 0.0) -> Tensor:
-    """Apply ``"log"``, ``"exp"``, ``"power"`` or ``"rectify"`` to the eigenvalues of ``a``, given its eigendecomposition.
+    """Apply "log", "exp", "power" or "rectify" to the eigenvalues of ``a``, given its eigendecomposition.
 
     The eigendecomposition may be shared by several functions of the same matrix, or be known beforehand.
     """
@@ -180,7 +180,7 @@ def refuse_indefinite(lowest: Tensor, what: str = "matrix") -> None:
     value = lowest.flatten()[int(bad.flatten().nonzero()[0])]
     raise ValueError(
         f"{what} {first(bad)} is not positive definite: its smallest eigenvalue is {value:.3g}. Add a ridge, such as "
-        "x + 1e-3 * torch.eye(n), or put ReEig before; where it is a matter of rounding, use float64."
+        "x + 1e-3 * torch.eye(n), or put ReEig before; where it is a matter of rounding, use float64 or a theta closer to 0."
     )
 
 
