@@ -180,7 +180,8 @@ def refuse_indefinite(lowest: Tensor, what: str = "matrix") -> None:
     value = lowest.flatten()[int(bad.flatten().nonzero()[0])]
     raise ValueError(
         f"{what} {first(bad)} is not positive definite: its smallest eigenvalue is {value:.3g}. Add a ridge, such as "
-        "x + 1e-3 * torch.eye(n), or put ReEig before; where it is a matter of rounding, use float64 or a theta closer to 0."
+        "x + 1e-3 * torch.eye(n), or put ReEig before; where it is a matter of rounding, use "
+        "float64 or a theta closer to 0."
     )
 
 
