@@ -139,8 +139,8 @@ def contestants() -> Contestants:
             found[f"LieBN {name} (authors)"] = theirs, None
         peer = f"LieBN {name} ({'plain' if authors is None else 'authors'})"
         if metric == "AIM":
-            found[f"LieBN {name}, 1 step"] = lambda n, make=ours: make(n, karcher_steps=1), peer
-        found[f"LieBN {name}"] = ours, peer
+            found[f"LieBNSPD {name}, 1 step"] = lambda n, make=ours: make(n, karcher_steps=1), peer
+        found[f"LieBNSPD {name}"] = ours, peer
     return found
 
 
@@ -201,11 +201,11 @@ def main() -> None:
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}, float64, median of "
         f"{rounds} rounds, {args.clock} clock"
     )
-    found, results = contestants(), {}
+    found, tables = contestants(), {}
     for name, (count, n) in SHAPES.items():
         if args.only and not any(word in name for word in args.only):
             continue
-        rows = results[name] = measure(count, n, found, rounds, clock)
+        rows = measure(count, n, found, rounds, clock)
         plain = rows["SPD batch norm (plain)"]["both_ms"]
         print(f"\n{name}\n{'layer':32}{'forward':>10}{'fwd+bwd':>10}{'/ plain':>9}{'/ peer':>8}")
         for layer, row in rows.items():
@@ -214,8 +214,9 @@ def main() -> None:
             row["ratio_peer"] = row["both_ms"] / rows[peer]["both_ms"] if peer else None
             ratio = "" if row["ratio_peer"] is None else f"{row['ratio_peer']:.2f}"
             print(f"{layer:32}{row['forward_ms']:8.2f}ms{row['both_ms']:8.2f}ms{row['ratio_plain']:9.2f}{ratio:>8}")
+        tables[name] = [{"method": "liebn", "layer": layer, **row} for layer, row in rows.items()]
     if args.json is not None:
-        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
