@@ -31,6 +31,7 @@ _SUBMODULES = {
     "core",
     "data",
     "fair",
+    "manifolds",
     "models",
     "nn",
     "optim",

@@ -32,6 +32,7 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cuda": ("fused kernels on NVIDIA GPUs", ("triton",)),
     "parquet": ("read Parquet files", ("pyarrow",)),
     "fair": ("run the claim of bias scoring beside fairlearn's methods", ("fairlearn",)),
+    "manifolds": ("parameters on manifolds, trained by Riemannian optimizers", ("geoopt",)),
     "trl": ("reward normalizers in TRL's trainers, and rewards of mathematics", ("trl", "transformers", "math-verify")),
     "test": ("run the tests", ("pytest", "pytest-xdist", "hypothesis", "polars", "ruff", "mypy")),
 }

@@ -10,6 +10,7 @@ import pytest
 from conformance.cases import covered_objects
 from conformance.estimator_cases import ESTIMATORS
 from conformance.loss_cases import LOSSES, SAMPLERS
+from conformance.manifold_cases import MANIFOLDS
 from conformance.module_cases import MODULES
 from conformance.optimizer_cases import OPTIMIZERS
 from conformance.recurrent_cases import RECURRENT
@@ -164,7 +165,7 @@ class TestDone:
         classes = {name for name in row.objects if inspect.isclass(catalog.resolve(name))}
         rows = (*RECURRENT, *OPTIMIZERS, *LOSSES, *SAMPLERS, *ESTIMATORS, *REWARDS)
         covered = covered_objects() | {case.object for case in rows}
-        covered |= {name for case in MODULES for name in case.objects}
+        covered |= {name for case in (*MODULES, *MANIFOLDS) for name in case.objects}
         assert classes
         assert classes <= covered, f"give {sorted(classes - covered)} a row in tests/conformance"
 
