@@ -18,6 +18,7 @@ class Runs {
     units_seg = ceil_div(g.seg, unit);
     units = g.nseg * units_seg;
     wide = static_cast<double>(n);
+    per_weight = p.wsize > 0 ? 1.0 / static_cast<double>(p.wsize) : 0;
   }
 
   int forward() {
@@ -94,9 +95,12 @@ class Runs {
     const bool sums_needed = wants_parameters || !p.given;
     if (p.given) {
       over_units([&](int64_t k, int64_t r0, int64_t from, int64_t to) {
+        const Stat s = stat_of<A>(p, k);
+        const int64_t run = run_of(k, r0);
         for (int64_t u = from; u < to; ++u) {
-          if (sums_needed) reduce(k, r0, u, kept.data + 2 * (k * in_stat + r0 * units + u), nullptr);
-          if (p.dx || p.dresidual) unapply(k, r0, u, Back{0, 0}, nullptr);
+          double* sums = kept.data + 2 * (k * in_stat + r0 * units + u);
+          if (sums_needed) reduce(s, run, u, index_of(run, u), sums, nullptr);
+          if (p.dx || p.dresidual) unapply(s, run, u, Back{0, 0}, nullptr);
         }
       });
     } else if (whole) {
@@ -106,30 +110,39 @@ class Runs {
         Buffer<A> park;
         const bool parked = sums_needed && can_park(n) && park_into(park, n);
         for (int64_t k = task * group; k < min_of(K, (task + 1) * group); ++k) {
+          const Stat s = stat_of<A>(p, k);
           double sum = 0, sum_d = 0;
           if (sums_needed) {
-            for (int64_t r0 = 0; r0 < p.R0; ++r0)
+            for (int64_t r0 = 0; r0 < p.R0; ++r0) {
+              const int64_t run = run_of(k, r0);
               for (int64_t u = 0; u < units; ++u) {
+                const int64_t i = index_of(run, u);
                 double one[2];
                 double* to = keep_all ? kept.data + 2 * (k * in_stat + r0 * units + u) : one;
-                reduce(k, r0, u, to, parked ? park_at(park, k, r0, u) : nullptr);
-                const double w = weight_of(k, r0, u);
+                reduce(s, run, u, i, to, parked ? park_at(park, k, r0, u) : nullptr);
+                const double w = weight_at(i);
                 sum += w * to[0];
                 sum_d += w * to[1];
               }
+            }
           }
           if (!p.dx && !p.dresidual) continue;
           const Back e = back_of<A>(p, k, wide, sum, sum_d);
-          for (int64_t r0 = 0; r0 < p.R0; ++r0)
+          for (int64_t r0 = 0; r0 < p.R0; ++r0) {
+            const int64_t run = run_of(k, r0);
             for (int64_t u = 0; u < units; ++u)
-              unapply(k, r0, u, e, parked ? park_at(park, k, r0, u) : nullptr);
+              unapply(s, run, u, e, parked ? park_at(park, k, r0, u) : nullptr);
+          }
         }
       });
       if (status.load() != OK) return status.load();
     } else {
       if (sums_needed)
         over_units([&](int64_t k, int64_t r0, int64_t from, int64_t to) {
-          for (int64_t u = from; u < to; ++u) reduce(k, r0, u, kept.data + 2 * (k * in_stat + r0 * units + u), nullptr);
+          const Stat s = stat_of<A>(p, k);
+          const int64_t run = run_of(k, r0);
+          for (int64_t u = from; u < to; ++u)
+            reduce(s, run, u, index_of(run, u), kept.data + 2 * (k * in_stat + r0 * units + u), nullptr);
         });
       if (p.dx || p.dresidual) {
         Buffer<Back> coefficients;
@@ -140,14 +153,16 @@ class Runs {
             for (int64_t r0 = 0; r0 < p.R0; ++r0)
               for (int64_t u = 0; u < units; ++u) {
                 const double* one = kept.data + 2 * (k * in_stat + r0 * units + u);
-                const double w = weight_of(k, r0, u);
+                const double w = weight_at(index_of(run_of(k, r0), u));
                 sum += w * one[0];
                 sum_d += w * one[1];
               }
           coefficients.data[k] = back_of<A>(p, k, wide, sum, sum_d);
         }
         over_units([&](int64_t k, int64_t r0, int64_t from, int64_t to) {
-          for (int64_t u = from; u < to; ++u) unapply(k, r0, u, coefficients.data[k], nullptr);
+          const Stat s = stat_of<A>(p, k);
+          const int64_t run = run_of(k, r0);
+          for (int64_t u = from; u < to; ++u) unapply(s, run, u, coefficients.data[k], nullptr);
         });
       }
     }
@@ -156,13 +171,15 @@ class Runs {
       if (!sums.zeros(2 * p.wsize)) return NO_MEMORY;
       for (int64_t k = 0; k < K; ++k) {
         const Stat s = stat_of<A>(p, k);
-        for (int64_t r0 = 0; r0 < p.R0; ++r0)
+        for (int64_t r0 = 0; r0 < p.R0; ++r0) {
+          const int64_t run = run_of(k, r0);
           for (int64_t u = 0; u < units; ++u) {
             const double* one = kept.data + 2 * (k * in_stat + r0 * units + u);
-            const int64_t i = index_of(k, r0, u);
+            const int64_t i = index_of(run, u);
             sums.data[i] += s.r * one[1] + (s.c + s.shift) * one[0];
             sums.data[p.wsize + i] += one[0];
           }
+        }
       }
       store_parameters(p.dweight, p.wdtype, 0, p.wsize, sums.data);
       store_parameters(p.dbias, p.wdtype, 0, p.wsize, sums.data + p.wsize);
@@ -174,7 +191,7 @@ class Runs {
   const Problem& p;
   const Geometry& g;
   int64_t K, n, total, stride, per_block, pieces, blocks, unit, units_seg, units;
-  double wide;
+  double wide, per_weight;
   int kind = PLAIN;
   ApplyFn<T> apply_fn = nullptr;
   ReduceFn<T> reduce_fn = nullptr;
@@ -199,23 +216,20 @@ class Runs {
   EVENLY_INLINE int64_t begin(int64_t u) const { return units_seg == 1 ? 0 : (u % units_seg) * unit; }
   EVENLY_INLINE int64_t length(int64_t u) const { return min_of(unit, g.seg - begin(u)); }
 
-  int64_t index_of(int64_t k, int64_t r0, int64_t u) const {
+  // SCALAR: which weight unit u of a run has. A run lies within one weight, or is cut into one segment a weight.
+  EVENLY_INLINE int64_t index_of(int64_t run, int64_t u) const {
     if (p.wsize <= 1) return 0;
-    if (g.nseg > 1) return index_of_segment(run_of(k, r0), segment(u));
-    return index_of_run(run_of(k, r0));
+    if (g.nseg > 1) return around(run * g.nseg + segment(u));
+    return around(p.R1 == p.wdiv ? run : (run * p.R1) / p.wdiv);
   }
-  // SCALAR: a run lies within one weight, or is cut into one segment a weight.
-  EVENLY_INLINE int64_t index_of_run(int64_t run) const {
-    const int64_t i = p.R1 == p.wdiv ? run : (run * p.R1) / p.wdiv;
-    return i < p.wsize ? i : i % p.wsize;
+  // i % wsize; a division of integers takes longer than all else that is done for a short unit.
+  EVENLY_INLINE int64_t around(int64_t i) const {
+    if (i < p.wsize) return i;
+    int64_t r = i - static_cast<int64_t>(static_cast<double>(i) * per_weight) * p.wsize;
+    if (r < 0) r += p.wsize;
+    return r >= p.wsize ? r - p.wsize : r;
   }
-  EVENLY_INLINE int64_t index_of_segment(int64_t run, int64_t s) const {
-    const int64_t i = run * g.nseg + s;
-    return i < p.wsize ? i : i % p.wsize;
-  }
-  double weight_of(int64_t k, int64_t r0, int64_t u) const {
-    return weight.at ? static_cast<double>(weight.at[index_of(k, r0, u)]) : 1.0;
-  }
+  EVENLY_INLINE double weight_at(int64_t i) const { return weight.at ? static_cast<double>(weight.at[i]) : 1.0; }
 
   void measure_block(int64_t k, int64_t b, bool raw, Moments& mo) const {
     const T* x = static_cast<const T*>(p.x);
@@ -254,12 +268,12 @@ class Runs {
     }
   }
 
-  EVENLY_INLINE Coefficients<T> coefficients(const Stat& s, int64_t run, int64_t u) const {
+  // i: the index of the unit's weight (SCALAR).
+  EVENLY_INLINE Coefficients<T> coefficients(const Stat& s, int64_t run, int64_t u, int64_t i) const {
     Coefficients<T> k{};
     k.m = static_cast<A>(s.m);
     if (g.mode == SCALAR) {
-      const int64_t i = p.wsize <= 1 ? 0 : g.nseg > 1 ? index_of_segment(run, segment(u)) : index_of_run(run);
-      const double w = weight.at ? static_cast<double>(weight.at[i]) : 1.0;
+      const double w = weight_at(i);
       k.a = static_cast<A>(s.r * w);
       k.b = static_cast<A>((s.c + s.shift) * w + (bias.at ? static_cast<double>(bias.at[i]) : 0.0));
     } else {
@@ -293,7 +307,7 @@ class Runs {
     const int64_t run = run_of(k, r0);
     for (int64_t u = from; u < to; ++u) {
       const int64_t at = run * p.R1 + segment(u) * g.seg + begin(u);
-      apply_fn(run_at(at, run, u), length(u), coefficients(s, run, u));
+      apply_fn(run_at(at, run, u), length(u), coefficients(s, run, u, index_of(run, u)));
     }
   }
 
@@ -314,9 +328,9 @@ class Runs {
     return out + run_of(k, r0) * p.R1 + offset;
   }
 
-  void reduce(int64_t k, int64_t r0, int64_t u, double* to, A* park) const {
-    const int64_t run = run_of(k, r0), at = run * p.R1 + segment(u) * g.seg + begin(u);
-    const Coefficients<T> c = coefficients(stat_of<A>(p, k), run, u);
+  EVENLY_INLINE void reduce(const Stat& s, int64_t run, int64_t u, int64_t i, double* to, A* park) const {
+    const int64_t at = run * p.R1 + segment(u) * g.seg + begin(u);
+    const Coefficients<T> c = coefficients(s, run, u, i);
     Sums<T> sums;
     sums.park = park;
     reduce_fn(run_at(at, run, u), length(u), c, sums);
@@ -324,15 +338,15 @@ class Runs {
     to[1] = sums.gd;
   }
 
-  void unapply(int64_t k, int64_t r0, int64_t u, const Back& e, const A* park) const {
-    const int64_t run = run_of(k, r0), at = run * p.R1 + segment(u) * g.seg + begin(u);
-    const Stat s = stat_of<A>(p, k);
+  EVENLY_INLINE void unapply(const Stat& s, int64_t run, int64_t u, const Back& e, const A* park) const {
+    const int64_t at = run * p.R1 + segment(u) * g.seg + begin(u);
+    const int64_t i = index_of(run, u);
     BackCoefficients<T> c{};
     c.r = static_cast<A>(s.r);
-    c.rw = static_cast<A>(s.r * (g.mode == SCALAR ? weight_of(k, r0, u) : 1.0));
+    c.rw = static_cast<A>(s.r * (g.mode == SCALAR ? weight_at(i) : 1.0));
     c.b = static_cast<A>(e.b);
     c.c = static_cast<A>(e.c);
-    (park ? parked_fn : back_fn)(run_at(at, run, u), length(u), coefficients(s, run, u), c, park);
+    (park ? parked_fn : back_fn)(run_at(at, run, u), length(u), coefficients(s, run, u, i), c, park);
   }
 
   // Weights that vary along the run: their gradients are added up in one buffer for each of a fixed number of parts.
@@ -361,12 +375,12 @@ class Runs {
             sums.park = parked ? park_at(park, k, r0, u) : nullptr;
             sums.dw = dw + period_at(run, u);
             sums.db = db + period_at(run, u);
-            reduce_fn(run_at(at, run, u), length(u), coefficients(s, run, u), sums);
+            reduce_fn(run_at(at, run, u), length(u), coefficients(s, run, u, 0), sums);
           }
         if (!p.dx && !p.dresidual) continue;
         const Back e = back_of<A>(p, k, wide, sums.g, sums.gd);
         for (int64_t r0 = 0; r0 < p.R0; ++r0)
-          for (int64_t u = 0; u < units; ++u) unapply(k, r0, u, e, parked ? park_at(park, k, r0, u) : nullptr);
+          for (int64_t u = 0; u < units; ++u) unapply(s, run_of(k, r0), u, e, parked ? park_at(park, k, r0, u) : nullptr);
       }
     });
     if (direct) return OK;
