@@ -49,9 +49,9 @@ DEFAULT_SEEDS = 3
 DEFAULT_EPOCHS = 2
 DEFAULT_STEPS = 110
 QUICK_BATCH_SIZES = (64,)
-QUICK_STEPS = 88
+QUICK_STEPS = 66
 QUICK_SEVERITIES = (1, 3, 5)
-QUICK_TEST_SAMPLES = 256
+QUICK_TEST_SAMPLES = 160
 DEFAULT_TEST_SAMPLES = 512
 TEXT_BATCH_SIZES = (16,)
 TEXT_STEPS = 240
@@ -149,7 +149,7 @@ def compare(
         address: address of a running Ray cluster.
         workers: trials at a time.
         out: the output folder; give the same one to go on where a run was stopped.
-        quick: a look in less than half a minute: batch size 64 only, fewer steps, three severities, at most 256
+        quick: a look in less than half a minute: batch size 64 only, fewer steps, three severities, at most 160
             test samples for them, no search.
         rank_by: one of :data:`evenly.workbench.metrics.METRICS`; default ``"mpc"``, on text ``"bits"``.
         console: where progress goes; default: standard output.
