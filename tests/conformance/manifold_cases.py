@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,26 +16,26 @@ N = 12  # samples of a batch
 LABELS = torch.arange(N) % 2  # and their domains
 
 
-class Manifold:
+class Manifold(ABC):
     """Points of a manifold: how to draw them, move them, and tell them."""
 
     n = 4
 
+    @abstractmethod
     def draw(self, *batch: int) -> Tensor:
         """Points (\\*batch, n, n) in float64."""
-        raise NotImplementedError
 
+    @abstractmethod
     def move(self, x: Tensor, z: Tensor) -> Tensor:
         """Points near ``x``, for any small matrices ``z``; those of ``z`` = 0 are ``x``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def distance_from(self, x: Tensor) -> float:
         """How far ``x`` is from being on the manifold."""
-        raise NotImplementedError
 
+    @abstractmethod
     def repeated(self, *batch: int) -> Tensor:
         """Points with equal eigenvalues, or as special as the manifold has."""
-        raise NotImplementedError
 
     #: wrong points in the place of the third, and a part of the message
     wrong: tuple[tuple[Callable[[Tensor], Tensor], str], ...] = ()
