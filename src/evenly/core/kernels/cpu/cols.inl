@@ -101,12 +101,14 @@ class Cols {
         for (int64_t k0 = task * group; k0 < min_of(p.K0, (task + 1) * group); ++k0) {
           expand(k0, c.data);
           double* s = sums.data + 2 * P * k0;
+          const bool at_once = p.given && sums_needed;
+          if (at_once) expand_back(k0, s, e.data);
           if (sums_needed)
             for (int64_t i = 0; i < parts; ++i) {
-              reduce_part(k0, i, c.data, part.data, work.data);
+              reduce_part(k0, i, c.data, part.data, work.data, at_once ? e.data : nullptr);
               for (int64_t j = 0; j < 2 * P; ++j) s[j] += part.data[j];
             }
-          if (!p.dx && !p.dresidual) continue;
+          if (at_once || (!p.dx && !p.dresidual)) continue;
           expand_back(k0, s, e.data);
           unapply(k0, 0, rows + (rest ? 1 : 0), c.data, e.data);
         }
@@ -116,6 +118,11 @@ class Cols {
       Buffer<A> c;
       if (!c.allocate(3 * P * p.K0)) return NO_MEMORY;
       for (int64_t k0 = 0; k0 < p.K0; ++k0) expand(k0, c.data + 3 * P * k0);
+      Buffer<A> e;
+      if (!e.allocate(4 * P * p.K0)) return NO_MEMORY;
+      const bool at_once = p.given && sums_needed;
+      if (at_once)
+        for (int64_t k0 = 0; k0 < p.K0; ++k0) expand_back(k0, sums.data + 2 * P * k0, e.data + 4 * P * k0);
       if (sums_needed) {
         Buffer<double> all;
         if (!all.allocate(2 * P * parts * p.K0)) return NO_MEMORY;
@@ -126,16 +133,15 @@ class Cols {
             return;
           }
           const int64_t k0 = task / parts;
-          reduce_part(k0, task % parts, c.data + 3 * P * k0, all.data + 2 * P * task, work.data);
+          reduce_part(k0, task % parts, c.data + 3 * P * k0, all.data + 2 * P * task, work.data,
+                      at_once ? e.data + 4 * P * k0 : nullptr);
         });
         if (status.load() != OK) return status.load();
         for (int64_t k0 = 0; k0 < p.K0; ++k0)
           for (int64_t i = 0; i < parts; ++i)
             for (int64_t j = 0; j < 2 * P; ++j) sums.data[2 * P * k0 + j] += all.data[2 * P * (k0 * parts + i) + j];
       }
-      if (p.dx || p.dresidual) {
-        Buffer<A> e;
-        if (!e.allocate(4 * P * p.K0)) return NO_MEMORY;
+      if (!at_once && (p.dx || p.dresidual)) {
         for (int64_t k0 = 0; k0 < p.K0; ++k0) expand_back(k0, sums.data + 2 * P * k0, e.data + 4 * P * k0);
         over_rows([&](int64_t k0, int64_t from, int64_t to) {
           unapply(k0, from, to, c.data + 3 * P * k0, e.data + 4 * P * k0);
@@ -443,12 +449,14 @@ class Cols {
     }
   }
 
-  void reduce_part(int64_t k0, int64_t part, const A* c, double* out, A* work) const {
+  // back: coefficients that do not depend on the sums; the gradients are written while the rows are in cache.
+  void reduce_part(int64_t k0, int64_t part, const A* c, double* out, A* work, const A* back) const {
     for (int64_t j = 0; j < 2 * P; ++j) out[j] = 0;
     auto flush = [&](int64_t from, int64_t many, int64_t width) {
       for (int64_t j = 0; j < 2 * P; ++j) work[j] = 0;
       reduce_any(k0, from, many, c, work, work + P, width);
       for (int64_t j = 0; j < 2 * P; ++j) out[j] += static_cast<double>(work[j]);
+      if (back && (p.dx || p.dresidual)) unapply(k0, from, from + many, c, back);
     };
     for (int64_t b = first_block(part); b < first_block(part + 1); ++b)
       flush(b * block, min_of(block, rows - b * block), P);
@@ -488,6 +496,7 @@ class Cols {
     b.rwv = e + P;
     b.bv = e + 2 * P;
     b.cv = e + 3 * P;
+    b.given = p.given;
     const Coefficients<T> k = coefficients(c);
     for (int64_t r = from; r < to; ++r) f(row_at(k0, r), width_of(r), k, b, nullptr);
   }

@@ -106,41 +106,69 @@ void moments_slow(const T* p, int64_t nr, int64_t stride, int64_t len, bool raw,
     out.merge(n, pivot + s1 / n, s2 - s1 * (s1 / n));
 }
 
-// Merge the moments of nr runs of len values, stride apart. raw: sum of squares about zero.
+// A value near the mean of nr runs of len values: the mean of about an eighth of them, spread over all.
 template <class T>
-void moments_block(const T* p, int64_t nr, int64_t stride, int64_t len, bool raw, Moments& out) {
+typename Tr<T>::A pivot_of(const T* p, int64_t nr, int64_t stride, int64_t len) {
   using X = Tr<T>;
   using A = typename X::A;
   using V = typename X::V;
   constexpr int W = X::W;
-  const double n = static_cast<double>(nr * len), inverse = 1 / n;
-  A pivot = 0;
-  if (!raw) {
-    V a0{}, a1{}, a2{}, a3{};
-    for (int64_t r = 0; r < nr; ++r) {
-      const T* q = p + r * stride;
+  V a0{}, a1{};
+  double n = 0;
+  const int64_t step = nr >= 8 ? 4 : 1;
+  for (int64_t r = 0; r < nr; r += step) {
+    const T* q = p + r * stride;
+    if (len < 2 * W) {
       int64_t i = 0;
-      for (; i + 4 * W <= len; i += 4 * W) {
-        a0 += X::load(q + i);
-        a1 += X::load(q + i + W);
-        a2 += X::load(q + i + 2 * W);
-        a3 += X::load(q + i + 3 * W);
-      }
-      for (; i + W <= len; i += W) a0 += X::load(q + i);
+      if (W <= len) a0 += X::load(q), i = W;
       if (i < len) a1 += load_part(q + i, static_cast<int>(len - i));
+      n += static_cast<double>(len);
+      continue;
     }
-    pivot = static_cast<A>(sum_lanes((a0 + a1) + (a2 + a3)) * inverse);
+    for (int64_t i = 0; i + 2 * W <= len; i += 16 * W) {
+      V u, v;
+      load_two<true>(q + i, u, v);
+      a0 += u, a1 += v;
+      n += 2 * W;
+    }
   }
+  return static_cast<A>(sum_lanes(a0 + a1) / n);
+}
+
+// Sums of the deviations from a pivot of nr runs of len values, and of their squares. A lane adds up 32 values in its
+// own type, then goes on from zero: what it has is kept in double.
+template <class T>
+void deviations(const T* p, int64_t nr, int64_t stride, int64_t len, typename Tr<T>::A pivot, double& s, double& ss) {
+  using X = Tr<T>;
+  using A = typename X::A;
+  using V = typename X::V;
+  constexpr int W = X::W;
+  constexpr int64_t MANY = 32;
   const V m = splat(pivot);
   V s0{}, s1{}, s2{}, s3{}, q0{}, q1{}, q2{}, q3{};
+  vd total{}, squares{};
+  int64_t since = 0;
+  auto settle = [&]() __attribute__((always_inline)) {
+    total += widened((s0 + s1) + (s2 + s3));
+    squares += widened((q0 + q1) + (q2 + q3));
+    s0 = s1 = s2 = s3 = q0 = q1 = q2 = q3 = V{};
+    since = 0;
+  };
   for (int64_t r = 0; r < nr; ++r) {
     const T* q = p + r * stride;
     int64_t i = 0;
-    for (; i + 4 * W <= len; i += 4 * W) {
-      const V d0 = X::load(q + i) - m, d1 = X::load(q + i + W) - m;
-      const V d2 = X::load(q + i + 2 * W) - m, d3 = X::load(q + i + 3 * W) - m;
-      s0 += d0, s1 += d1, s2 += d2, s3 += d3;
-      q0 += d0 * d0, q1 += d1 * d1, q2 += d2 * d2, q3 += d3 * d3;
+    while (i + 4 * W <= len) {
+      const int64_t end = i + min_of((len - i) / (4 * W), MANY - since) * (4 * W);
+      since += (end - i) / (4 * W);
+      for (; i < end; i += 4 * W) {
+        V d0, d1, d2, d3;
+        load_two<true>(q + i, d0, d1);
+        load_two<true>(q + i + 2 * W, d2, d3);
+        d0 -= m, d1 -= m, d2 -= m, d3 -= m;
+        s0 += d0, s1 += d1, s2 += d2, s3 += d3;
+        q0 += d0 * d0, q1 += d1 * d1, q2 += d2 * d2, q3 += d3 * d3;
+      }
+      if (since >= MANY) settle();
     }
     for (; i + W <= len; i += W) {
       const V d = X::load(q + i) - m;
@@ -148,11 +176,31 @@ void moments_block(const T* p, int64_t nr, int64_t stride, int64_t len, bool raw
     }
     if (i < len) {
       const int left = static_cast<int>(len - i);
-      const V d = keep(first_lanes<A>(left), load_part(q + i, left) - m);
+      const V d = len >= W ? keep(~first_lanes<A>(W - left), X::load(q + len - W) - m)
+                           : keep(first_lanes<A>(left), load_part(q + i, left) - m);
       s1 += d, q1 += d * d;
     }
+    if (len % (4 * W) != 0 && (since += 3) >= MANY) settle();
   }
-  const double s = sum_lanes((s0 + s1) + (s2 + s3)), ss = sum_lanes((q0 + q1) + (q2 + q3));
+  settle();
+  s = sum_lanes(total), ss = sum_lanes(squares);
+}
+
+// Merge the moments of nr runs of len values, stride apart. raw: sum of squares about zero.
+template <class T>
+void moments_block(const T* p, int64_t nr, int64_t stride, int64_t len, bool raw, Moments& out) {
+  using A = typename Tr<T>::A;
+  const double n = static_cast<double>(nr * len), inverse = 1 / n;
+  A pivot = raw ? A(0) : pivot_of(p, nr, stride, len);
+  double s, ss;
+  deviations(p, nr, stride, len, pivot, s, ss);
+  if (!raw && s * s > 0.25 * n * ss) {  // the pivot was far from the mean
+    const A moved = static_cast<A>(static_cast<double>(pivot) + s * inverse);
+    if (std::isfinite(moved)) {
+      pivot = moved;
+      deviations(p, nr, stride, len, pivot, s, ss);
+    }
+  }
   if (sizeof(A) == 4 ? out_of_range(ss) : !std::isfinite(ss)) {
     const bool constant = ss == 0 && s == 0 && to_double(p[0]) == pivot && to_double(p[len - 1]) == pivot;
     if (!constant) return moments_slow(p, nr, stride, len, raw, nullptr, out);
@@ -399,30 +447,40 @@ void apply_run(const Run<T>& run, int64_t n, const Coefficients<T>& k) {
   using X = Tr<T>;
   using V = typename X::V;
   constexpr int W = X::W;
-  constexpr int G = BITS && W < 8 ? 8 / W : 1;  // vectors to a whole number of bytes of bits
-  constexpr int S = G * W;
+  constexpr bool MIX = MODE == SCALAR && !BITS;  // nothing depends on the order of lanes
+  constexpr int S = BITS && W < 4 ? 8 : 2 * W;   // values to a whole number of bytes of bits
   const T* x = run.x;
   const T* res = run.residual;
   T* y = run.y;
   int64_t i = 0;
   for (; i + S <= n; i += S) {
     unsigned bits = 0;
-    for (int g = 0; g < G; ++g) {
-      V v = before<MODE, T>(X::load(x + i + g * W), k, i + g * W, W);
-      if constexpr (RES) v += X::load(res + i + g * W);
-      if constexpr (BITS) bits |= pack_lanes(~(v <= V{})) << (g * W);
-      X::store(y + i + g * W, activate<ACT>(v));
+    for (int g = 0; g < S; g += 2 * W) {
+      V a, b;
+      load_two<MIX>(x + i + g, a, b);
+      a = before<MODE, T>(a, k, i + g, W);
+      b = before<MODE, T>(b, k, i + g + W, W);
+      if constexpr (RES) {
+        V u, v;
+        load_two<MIX>(res + i + g, u, v);
+        a += u, b += v;
+      }
+      if constexpr (BITS) bits |= (pack_lanes(~(a <= V{})) | pack_lanes(~(b <= V{})) << W) << g;
+      store_two<MIX>(y + i + g, activate<ACT>(a), activate<ACT>(b));
     }
     if constexpr (BITS) std::memcpy(run.bits + i / 8, &bits, S / 8);
   }
   unsigned bits = 0;
   const int64_t start = i;
-  for (; i < n; i += W) {
+  while (i < n) {
+    // Whole vectors as long as there are W values: the last one does some of them again.
+    if (!BITS && i + W > n && n >= W) i = n - W;
     const int left = static_cast<int>(min_of(W, n - i));
-    V v = before<MODE, T>(load_part(x + i, left), k, i, left);
-    if constexpr (RES) v += load_part(res + i, left);
+    V v = before<MODE, T>(take(x + i, left), k, i, left);
+    if constexpr (RES) v += take(res + i, left);
     if constexpr (BITS) bits |= pack_lanes(~(v <= V{})) << (i - start);
-    store_part(y + i, activate<ACT>(v), left);
+    put(y + i, activate<ACT>(v), left);
+    i += W;
   }
   if constexpr (BITS)
     if (start < n) std::memcpy(run.bits + start / 8, &bits, static_cast<size_t>(ceil_div(n - start, 8)));
@@ -450,30 +508,57 @@ ApplyFn<T> pick_apply(int act, bool res, bool bits) {
 // How the gradient before the activation is found. PARKED: the first pass left it where the second finds it.
 
 enum { PLAIN = 0, SIGN_BITS = 1, RELU = 2, RELU_RES = 3, SILU = 4, GELU = 5, SILU_RES = 6, GELU_RES = 7, PARKED = 8 };
+constexpr bool has_residual(int kind) { return kind == RELU_RES || kind == SILU_RES || kind == GELU_RES; }
 
+// From the gradient g after the activation. residual: what was added before it, where the kind has one.
 template <class T, int KIND, int MODE>
-EVENLY_INLINE typename Tr<T>::V gradient(const Run<T>& run, const typename Tr<T>::A* park, typename Tr<T>::V x,
-                                         const Coefficients<T>& k, int64_t i, int left) {
+EVENLY_INLINE typename Tr<T>::V through(const Run<T>& run, typename Tr<T>::V g, typename Tr<T>::V x,
+                                        typename Tr<T>::V residual, const Coefficients<T>& k, int64_t i, int left) {
   using X = Tr<T>;
   using A = typename X::A;
   using V = typename X::V;
-  constexpr int W = X::W;
-  if constexpr (KIND == PARKED) return take(park + i, left);
-  const V g = take(run.dy + i, left);
   if constexpr (KIND == SIGN_BITS) {
     unsigned bits = run.bits[i / 8] >> (i % 8);
-    if constexpr (W == 16)
+    if constexpr (X::W == 16)
       if (left > 8) bits |= static_cast<unsigned>(run.bits[i / 8 + 1]) << 8;
     return keep(unpack_lanes<A>(bits), g);
   }
   if constexpr (KIND >= RELU && KIND < PARKED) {
     V v = before<MODE, T>(x, k, i, left);
-    if constexpr (KIND == RELU_RES || KIND == SILU_RES || KIND == GELU_RES)
-      v += take(run.residual + i, left);
+    if constexpr (has_residual(KIND)) v += residual;
     constexpr int ACT = KIND == RELU || KIND == RELU_RES ? ACT_RELU : (KIND == SILU || KIND == SILU_RES) ? ACT_SILU : ACT_GELU;
     return activate_backward<ACT>(g, v);
   }
   return g;
+}
+
+template <class T, int KIND, int MODE>
+EVENLY_INLINE typename Tr<T>::V gradient(const Run<T>& run, const typename Tr<T>::A* park, typename Tr<T>::V x,
+                                         const Coefficients<T>& k, int64_t i, int left) {
+  using V = typename Tr<T>::V;
+  if constexpr (KIND == PARKED) return take(park + i, left);
+  V residual{};
+  if constexpr (has_residual(KIND)) residual = take(run.residual + i, left);
+  return through<T, KIND, MODE>(run, take(run.dy + i, left), x, residual, k, i, left);
+}
+
+// The same for two vectors, with their inputs.
+template <class T, int KIND, int MODE, bool MIX>
+EVENLY_INLINE void gradient_two(const Run<T>& run, const typename Tr<T>::A* park, const Coefficients<T>& k, int64_t i,
+                                typename Tr<T>::V (&x)[2], typename Tr<T>::V (&g)[2]) {
+  using X = Tr<T>;
+  using V = typename X::V;
+  constexpr int W = X::W;
+  load_two<MIX>(run.x + i, x[0], x[1]);
+  if constexpr (KIND == PARKED) {
+    g[0] = take(park + i, W), g[1] = take(park + i + W, W);
+  } else {
+    V residual[2] = {};
+    if constexpr (has_residual(KIND)) load_two<MIX>(run.residual + i, residual[0], residual[1]);
+    load_two<MIX>(run.dy + i, g[0], g[1]);
+    g[0] = through<T, KIND, MODE>(run, g[0], x[0], residual[0], k, i, W);
+    g[1] = through<T, KIND, MODE>(run, g[1], x[1], residual[1], k, i + W, W);
+  }
 }
 
 template <class T>
@@ -491,12 +576,10 @@ void reduce_run(const Run<T>& run, int64_t n, const Coefficients<T>& k, Sums<T>&
   using A = typename X::A;
   using V = typename X::V;
   constexpr int W = X::W;
+  constexpr bool MIX = MODE == SCALAR && KIND != SIGN_BITS;
   V s0{}, s1{}, q0{}, q1{};
   A* park = sums.park;
-  auto step = [&](int64_t i, int left, V& s, V& q) __attribute__((always_inline)) {
-    const V x = take(run.x + i, left);
-    V g = gradient<T, KIND, MODE>(run, nullptr, x, k, i, left);
-    if (left != W) g = keep(first_lanes<A>(left), g);
+  auto add = [&](int64_t i, int left, V x, V g, V& s, V& q) __attribute__((always_inline)) {
     if (park) put(park + i, g, left);
     const V d = x - k.m;
     if constexpr (MODE == VECTOR) {
@@ -509,16 +592,35 @@ void reduce_run(const Run<T>& run, int64_t n, const Coefficients<T>& k, Sums<T>&
     // a lane beyond the end has g = 0, but x - m there may be infinite
     q += left == W ? g * d : keep(first_lanes<A>(left), g * d);
   };
+  auto step = [&](int64_t i, int left, V& s, V& q) __attribute__((always_inline)) {
+    const V x = take(run.x + i, left);
+    V g = gradient<T, KIND, MODE>(run, nullptr, x, k, i, left);
+    if (left != W) g = keep(first_lanes<A>(left), g);
+    add(i, left, x, g, s, q);
+  };
   int64_t i = 0;
   for (; i + 2 * W <= n; i += 2 * W) {
-    step(i, W, s0, q0);
-    step(i + W, W, s1, q1);
+    V x[2], g[2];
+    gradient_two<T, KIND, MODE, MIX>(run, nullptr, k, i, x, g);
+    add(i, W, x[0], g[0], s0, q0);
+    add(i + W, W, x[1], g[1], s1, q1);
   }
   if (i + W <= n) {
     step(i, W, s0, q0);
     i += W;
   }
-  if (i < n) step(i, static_cast<int>(n - i), s1, q1);
+  if (i < n) {
+    const int left = static_cast<int>(n - i);
+    if (MIX && n >= W && !park) {  // the last W values, without those that have been added
+      const V x = X::load(run.x + n - W);
+      const V g = gradient<T, KIND, MODE>(run, nullptr, x, k, n - W, W);
+      const auto fresh = ~first_lanes<A>(W - left);
+      s1 += keep(fresh, g);
+      q1 += keep(fresh, g * (x - k.m));
+    } else {
+      step(i, left, s1, q1);
+    }
+  }
   sums.g += sum_lanes(s0 + s1);
   sums.gd += sum_lanes(q0 + q1);
 }
@@ -531,27 +633,54 @@ struct BackCoefficients {  // dx = g*w*r + ((x-m)*r)*b + c
   const A* rwv;
   const A* bv;
   const A* cv;
+  bool given;  // b and c are 0
 };
 
-template <class T, int KIND, int MODE>
-void apply_back(const Run<T>& run, int64_t n, const Coefficients<T>& k, const BackCoefficients<T>& e,
-                const typename Tr<T>::A* park) {
+template <class T, int KIND, int MODE, bool GIVEN>
+EVENLY_INLINE void apply_back_of(const Run<T>& run, int64_t n, const Coefficients<T>& k, const BackCoefficients<T>& e,
+                                 const typename Tr<T>::A* park) {
   using X = Tr<T>;
   using V = typename X::V;
   constexpr int W = X::W;
-  auto step = [&](int64_t i, int left) __attribute__((always_inline)) {
-    const V x = take(run.x + i, left);
-    const V g = gradient<T, KIND, MODE>(run, park, x, k, i, left);
-    V dx;
-    if constexpr (MODE == SCALAR) dx = g * e.rw + (((x - k.m) * e.r) * e.b + e.c);
-    if constexpr (MODE == VECTOR) dx = g * (e.r * take(k.wv + i, left)) + (((x - k.m) * e.r) * e.b + e.c);
-    if constexpr (MODE == COLUMN) dx = g * take(e.rwv + i, left) + (((x - take(k.mv + i, left)) * take(e.rv + i, left)) * take(e.bv + i, left) + take(e.cv + i, left));
-    if (run.dresidual) put(run.dresidual + i, g, left);
-    if (run.dx) put(run.dx + i, dx, left);
+  constexpr bool MIX = MODE == SCALAR && KIND != SIGN_BITS;
+  auto back = [&](int64_t i, int left, V x, V g) __attribute__((always_inline)) {
+    if constexpr (MODE == SCALAR) return GIVEN ? g * e.rw : g * e.rw + (((x - k.m) * e.r) * e.b + e.c);
+    if constexpr (MODE == VECTOR) {
+      const V gain = e.r * take(k.wv + i, left);
+      return GIVEN ? g * gain : g * gain + (((x - k.m) * e.r) * e.b + e.c);
+    }
+    if constexpr (MODE == COLUMN) {
+      const V gain = take(e.rwv + i, left);
+      if constexpr (GIVEN) return g * gain;
+      const V u = (x - take(k.mv + i, left)) * take(e.rv + i, left);
+      return g * gain + (u * take(e.bv + i, left) + take(e.cv + i, left));
+    }
   };
   int64_t i = 0;
-  for (; i + W <= n; i += W) step(i, W);
-  if (i < n) step(i, static_cast<int>(n - i));
+  for (; i + 2 * W <= n; i += 2 * W) {
+    V x[2], g[2];
+    gradient_two<T, KIND, MODE, MIX>(run, park, k, i, x, g);
+    if (run.dx) store_two<MIX>(run.dx + i, back(i, W, x[0], g[0]), back(i + W, W, x[1], g[1]));
+    if (run.dresidual) store_two<MIX>(run.dresidual + i, g[0], g[1]);
+  }
+  while (i < n) {
+    // Whole vectors as long as there are W values, but not over what has been parked in the output.
+    if (KIND != PARKED && KIND != SIGN_BITS && i + W > n && n >= W) i = n - W;
+    const int left = static_cast<int>(min_of(W, n - i));
+    const V x = take(run.x + i, left);
+    const V g = gradient<T, KIND, MODE>(run, park, x, k, i, left);
+    if (run.dx) put(run.dx + i, back(i, left, x, g), left);
+    if (run.dresidual) put(run.dresidual + i, g, left);
+    i += W;
+  }
+}
+template <class T, int KIND, int MODE>
+void apply_back(const Run<T>& run, int64_t n, const Coefficients<T>& k, const BackCoefficients<T>& e,
+                const typename Tr<T>::A* park) {
+  if (e.given)
+    apply_back_of<T, KIND, MODE, true>(run, n, k, e, park);
+  else
+    apply_back_of<T, KIND, MODE, false>(run, n, k, e, park);
 }
 
 template <class T>
@@ -590,19 +719,22 @@ inline int kind_of(const Problem& p) {
   }
 }
 
-// Gradients of parameters first ... first + many, in their own dtype, from sums in double.
-template <class S>
-void convert(S* to, int64_t many, const double* from) {
+// Gradients of parameters first ... first + many, in their own dtype, from sums.
+template <class S, class A>
+void convert(S* to, int64_t many, const A* from) {
   int64_t i = 0;
-  if constexpr (sizeof(S) == 2)
+  if constexpr (sizeof(S) == 2 && sizeof(A) == 8)
     for (; i + WF <= many; i += WF) {
       const vfh half[2] = {__builtin_convertvector(raw_load<vd>(from + i), vfh),
                            __builtin_convertvector(raw_load<vd>(from + i + WD), vfh)};
       Tr<S>::store(to + i, raw_load<vf>(half));
     }
+  if constexpr (sizeof(S) == 2 && sizeof(A) == 4)
+    for (; i + WF <= many; i += WF) Tr<S>::store(to + i, raw_load<vf>(from + i));
   for (; i < many; ++i) to[i] = from_double<S>(from[i]);
 }
-inline void store_parameters(void* to, int dtype, int64_t first, int64_t many, const double* from) {
+template <class A>
+void store_parameters(void* to, int dtype, int64_t first, int64_t many, const A* from) {
   if (!to) return;
   if (dtype == F32) convert(static_cast<float*>(to) + first, many, from);
   if (dtype == F64) convert(static_cast<double*>(to) + first, many, from);

@@ -346,6 +346,7 @@ class Runs {
     c.rw = static_cast<A>(s.r * (g.mode == SCALAR ? weight_at(i) : 1.0));
     c.b = static_cast<A>(e.b);
     c.c = static_cast<A>(e.c);
+    c.given = p.given;
     (park ? parked_fn : back_fn)(run_at(at, run, u), length(u), coefficients(s, run, u, i), c, park);
   }
 
@@ -387,6 +388,11 @@ class Runs {
     auto finish_group = [&](int64_t task) {
       double sums[2][GROUP];
       const int64_t first = task * GROUP, many = min_of(GROUP, p.wsize - first);
+      if (parts == 1 && p.wdiv == 1) {
+        store_parameters(p.dweight, p.wdtype, first, many, partial.data + first);
+        store_parameters(p.dbias, p.wdtype, first, many, partial.data + g.period + first);
+        return;
+      }
       for (int64_t i = 0; i < many; ++i) sums[0][i] = 0, sums[1][i] = 0;
       for (int64_t part = 0; part < parts; ++part)
         for (int which = 0; which < 2; ++which) {

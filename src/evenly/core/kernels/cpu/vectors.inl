@@ -76,9 +76,8 @@ EVENLY_INLINE vh narrow_bf16(vf v) {
   const __m256i u = as<__m256i>(v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
   const __m256i up = _mm256_add_epi32(_mm256_add_epi32(u, odd), _mm256_set1_epi32(0x7fff));
-  const __m256 nan = _mm256_cmp_ps(as<__m256>(v), as<__m256>(v), _CMP_UNORD_Q);
-  const __m256i r = _mm256_srli_epi32(
-      as<__m256i>(_mm256_blendv_ps(as<__m256>(up), as<__m256>(_mm256_set1_epi32(0x7fc00000)), nan)), 16);
+  const __m256i nan = as<__m256i>(_mm256_cmp_ps(as<__m256>(v), as<__m256>(v), _CMP_UNORD_Q));
+  const __m256i r = _mm256_srli_epi32(_mm256_or_si256(up, nan), 16);
   return as<vh>(_mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1)));
 #else
   vu u = as<vu>(v);
@@ -249,7 +248,19 @@ EVENLY_INLINE vf load_part<float>(const float* p, int n) {
 }
 template <>
 EVENLY_INLINE void store_part<float>(float* p, vf v, int n) {
-  _mm256_maskstore_ps(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lane_table + 8 - n)), as<__m256>(v));
+  // in powers of two: a masked store is a short program on some processors
+  __m128 part = _mm256_castps256_ps128(as<__m256>(v));
+  if (n & 4) {
+    _mm_storeu_ps(p, part);
+    part = _mm256_extractf128_ps(as<__m256>(v), 1);
+    p += 4;
+  }
+  if (n & 2) {
+    _mm_storel_pi(reinterpret_cast<__m64*>(p), part);
+    part = _mm_movehl_ps(part, part);
+    p += 2;
+  }
+  if (n & 1) _mm_store_ss(p, part);
 }
 #elif defined(__AVX512F__)
 template <>
@@ -259,6 +270,40 @@ EVENLY_INLINE vf load_part<float>(const float* p, int n) {
 template <>
 EVENLY_INLINE void store_part<float>(float* p, vf v, int n) {
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1u), as<__m512>(v));
+}
+#endif
+
+// Two vectors. MIX: in any order of lanes, the same for all pointers of a storage type.
+template <bool MIX, class T>
+EVENLY_INLINE void load_two(const T* p, typename Tr<T>::V& a, typename Tr<T>::V& b) {
+  a = Tr<T>::load(p);
+  b = Tr<T>::load(p + Tr<T>::W);
+}
+template <bool MIX, class T>
+EVENLY_INLINE void store_two(T* p, typename Tr<T>::V a, typename Tr<T>::V b) {
+  Tr<T>::store(p, a);
+  Tr<T>::store(p + Tr<T>::W, b);
+}
+// A bfloat16 in the upper half; what is below has no meaning.
+EVENLY_INLINE vu rounded_bf16(vf v) {
+  const vu u = as<vu>(v);
+  return (u + ((u >> 16) & 1u) + 0x7fffu) | as<vu>(v != v);
+}
+template <>
+EVENLY_INLINE void load_two<true, bf16>(const bf16* p, vf& a, vf& b) {
+  const vu both = raw_load<vu>(p);
+  a = as<vf>(both << 16);
+  b = as<vf>(both & 0xffff0000u);
+}
+template <>
+EVENLY_INLINE void store_two<true, bf16>(bf16* p, vf a, vf b) {
+  raw_store(p, (rounded_bf16(a) >> 16) | (rounded_bf16(b) & 0xffff0000u));
+}
+#if defined(__AVX2__) && !defined(__AVX512F__)
+template <>
+EVENLY_INLINE void store_two<false, bf16>(bf16* p, vf a, vf b) {
+  const __m256i x = as<__m256i>(rounded_bf16(a) >> 16), y = as<__m256i>(rounded_bf16(b) >> 16);
+  raw_store(p, _mm256_permute4x64_epi64(_mm256_packus_epi32(x, y), 0xd8));
 }
 #endif
 
@@ -308,11 +353,14 @@ EVENLY_INLINE double sum_lanes(vd v) {
     for (int i = 0; i < step; ++i) s[i] += s[i + step];
   return s[0];
 }
-EVENLY_INLINE double sum_lanes(vf v) {
+// Lanes in double, two to one where there are twice as many.
+EVENLY_INLINE vd widened(vd v) { return v; }
+EVENLY_INLINE vd widened(vf v) {
   vfh half[2];
   __builtin_memcpy(half, &v, sizeof(v));
-  return sum_lanes(__builtin_convertvector(half[0], vd) + __builtin_convertvector(half[1], vd));
+  return __builtin_convertvector(half[0], vd) + __builtin_convertvector(half[1], vd);
 }
+EVENLY_INLINE double sum_lanes(vf v) { return sum_lanes(widened(v)); }
 
 // ---- bits -----------------------------------------------------------------------------------------------------
 
