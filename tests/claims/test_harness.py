@@ -73,6 +73,7 @@ def test_what_is_stored(tmp_path):
     result = run_claim(make(), out=tmp_path, workers=1)
     assert json.loads((tmp_path / "toy.json").read_text()) == result
     assert {"id", "statement", "criterion", "seeds", "data", "command", "versions", "duration_s"} <= set(result)
+    assert result["cpu_s"] == pytest.approx(sum(one["cpu_seconds"] for one in result["trials"]), abs=0.06)
     assert result["command"] == "evenly claim toy --budget full"
     assert result["seeds"] == [0, 1, 2]
     assert result["metrics"][0]["method"]["per_seed"] == [

@@ -214,7 +214,8 @@ def run_claim(
     Returns:
         The stored data: ``id``, ``statement``, ``criterion``, ``budget``, ``verdict`` (``"reproduced"``,
         ``"not reproduced"``, or ``"not judged"`` for a small budget), ``why``, ``effect``, ``metrics``,
-        ``checks``, ``notes``, ``seeds``, ``data``, ``command``, ``versions``, ``duration_s`` and ``trials``.
+        ``checks``, ``notes``, ``seeds``, ``data``, ``command``, ``versions``, ``duration_s`` (by the clock, of this
+        run alone), ``cpu_s`` (processor time of all trials, kept ones too) and ``trials``.
 
     Raises:
         ClaimError: see :meth:`Claim.run`.
@@ -232,6 +233,7 @@ def run_claim(
     judgement = claim.judge(results)
     result = _result(claim, budget, results, judgement)
     result["duration_s"] = round(time.monotonic() - started, 1)
+    result["cpu_s"] = round(sum(outcome["cpu_seconds"] for outcome in results.values()), 1)
     result["workers"] = workers
     result["trials"] = [{**trial._asdict(), **outcome} for trial, outcome in results.items()]
     if folder is not None:
@@ -375,14 +377,15 @@ def _run_trial(claim: Claim, trial: Trial, budget: str) -> dict[str, Any]:
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(trial.seed)
             outcome = claim.trial(claim.arms[trial.arm], trial.seed, budget)
     finally:
         torch.set_num_threads(threads)
-    outcome = {**outcome, "seconds": round(time.perf_counter() - started, 2)}
+    seconds = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
+    outcome = {**outcome, **{name: round(value, 2) for name, value in seconds.items()}}
     return json.loads(dumps(outcome))  # a fresh result and a kept one read the same
 
 

@@ -82,7 +82,10 @@ def verdict(result: dict[str, Any]) -> list[tuple[str, str]]:
         pairs.append(("pass" if check["passed"] else "fail", said))
     pairs.append(("criterion", result["criterion"]))
     pairs.append(("data", result["data"]))
-    pairs.append(("took", f"{result['duration_s']:.0f} s with {result['workers']} workers"))
+    took = f"{result['duration_s']:.0f} s with {result['workers']} workers"
+    if "cpu_s" in result:
+        took += f", {result['cpu_s']:.0f} s of processor time"
+    pairs.append(("took", took))
     return pairs
 
 
