@@ -241,7 +241,7 @@ def _methods() -> str:
         for row in catalog.methods():
             if row.area == area:
                 name = f"[`{row.id}`]({row.id}.md)" if row.objects else f"`{row.id}`"
-                state = "**done**" if row.done else "built" if row.objects else "planned"
+                state = "**done**" if row.done else row.stage
                 lines.append(f"| {name} | [{_text(row.title)}]({row.link}) | {state} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"

@@ -34,8 +34,8 @@ def listing(area: str | None = None, state: str | None = None) -> tuple[Method, 
 def card(id: str) -> dict[str, Any]:
     """Return everything known of one method as plain data, ready for JSON.
 
-    The keys are ``id``, ``title``, ``link``, ``area``, ``kind``, ``state``, ``objects`` (each with ``name``,
-    ``signature`` and ``summary``), ``claim`` (the stored full-budget result without its trials, or None),
+    The keys are ``id``, ``title``, ``link``, ``area``, ``kind``, ``state``, ``stage``, ``objects`` (each with
+    ``name``, ``signature`` and ``summary``), ``claim`` (the stored full-budget result without its trials, or None),
     and ``run`` (the command that checks the claim, or None where the method has no claim yet).
 
     Raises:
@@ -54,6 +54,7 @@ def card(id: str) -> dict[str, Any]:
         "area": row.area,
         "kind": row.kind,
         "state": row.state,
+        "stage": row.stage,
         "objects": [_object(name) for name in row.objects],
         "claim": result,
         "run": f"evenly claim {row.id}" if row.id in claims.available() else None,
@@ -69,7 +70,7 @@ def render(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("paper", facts["link"]),
         ("area", f"{facts['area']} ({catalog.AREAS[facts['area']]})"),
         ("kind", facts["kind"]),
-        ("state", facts["state"]),
+        ("state", facts["stage"]),
     ]
     for entry in facts["objects"]:
         pairs.append(("object", f"{entry['name']}{entry['signature']}\n{entry['summary']}"))
@@ -90,12 +91,30 @@ def _object(name: str) -> dict[str, str]:
     found = catalog.resolve(name)
     module, _, attribute = name.partition(":")
     try:
-        signature = str(inspect.signature(found))
+        signature = _signature(found)
     except (TypeError, ValueError):  # not a callable, or one written in C without a signature
         signature = ""
     summary = (inspect.getdoc(found) or "").strip().split("\n\n")[0]
     return {
         "name": f"{module}.{attribute}",
-        "signature": signature.replace("'", "").removesuffix(" -> None"),
+        "signature": signature.removesuffix(" -> None"),
         "summary": " ".join(summary.split()),
     }
+
+
+class _Bare(str):
+    """An annotation that prints without the quotes of a string."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _signature(found: Any) -> str:
+    def bare(annotation: Any) -> Any:
+        return _Bare(annotation) if isinstance(annotation, str) else annotation
+
+    there = inspect.signature(found)
+    parameters = [one.replace(annotation=bare(one.annotation)) for one in there.parameters.values()]
+    return str(there.replace(parameters=parameters, return_annotation=bare(there.return_annotation)))

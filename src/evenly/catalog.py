@@ -98,6 +98,13 @@ class Method:
         return self.state == "done"
 
     @property
+    def stage(self) -> str:
+        """``"done"``, ``"built"`` (there are objects, and something of the library's definition of done is missing) or
+        ``"planned"``.
+        """
+        return "done" if self.done else "built" if self.objects else "planned"
+
+    @property
     def module(self) -> str:
         """The id as a Python name: the file of the claim is ``claims/<module>.py``."""
         return self.id.replace("-", "_")

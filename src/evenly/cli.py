@@ -13,6 +13,7 @@ app = typer.Typer(
     name="evenly",
     help="Normalization and group methods: compare them, convert a trained model, check the claims.",
     no_args_is_help=True,
+    rich_markup_mode="markdown",  # "rich" would swallow "[default: ...]" in a help text
     pretty_exceptions_enable=False,
 )
 
@@ -20,7 +21,7 @@ app = typer.Typer(
 @app.command("list")
 def list_(
     area: Annotated[str | None, typer.Option(help="Only this area (nn, weights, optim, ...).")] = None,
-    todo: Annotated[bool, typer.Option("--todo", help="Only methods that are planned.")] = False,
+    todo: Annotated[bool, typer.Option("--todo", help="Only methods that are not done.")] = False,
     done: Annotated[bool, typer.Option("--done", help="Only methods that are done.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -32,11 +33,11 @@ def list_(
     with _usage(catalog.CatalogError):
         rows = cards.listing(area, "planned" if todo else "done" if done else None)
     if json:
-        _print_json([{**vars(row), "link": row.link} for row in rows])
+        _print_json([{**vars(row), "stage": row.stage, "link": row.link} for row in rows])
         return
     terminal.table(
         ["id", "area", "state", "paper", "title"],
-        [(row.id, row.area, row.state, row.arxiv or row.link, row.title) for row in rows],
+        [(row.id, row.area, row.stage, row.arxiv or row.link, row.title) for row in rows],
         title=f"{len(rows)} methods, {sum(row.done for row in rows)} done",
         nowrap=["id", "area", "state"],
         styles=["green" if row.done else "" for row in rows],

@@ -137,7 +137,7 @@ def compare(
             ``None``: the ResNet for images, the MLP for features, ``"gpt"`` for text, which has no other.
         batch_sizes: default 4 and 64 (quick: 64); on text 16.
         seeds: number of seeds, default 3.
-        epochs: passes over the training set; default: as many as make 110 steps (quick: 88), at least 2, which
+        epochs: passes over the training set; default: as many as make 110 steps (quick: 66), at least 2, which
             leaves small data and large batches enough steps to learn anything. On text 240 steps (quick: 50).
         lr: the learning rate, or the centre of the grid with ``tune=True``; default 0.02 * sqrt(batch size / 64), on
             text 0.003 * sqrt(batch size / 16).
@@ -461,7 +461,8 @@ class _Runner:
     def run(self, start: Callable[[], Any]) -> None:
         plan = self.plan
         stored = {key: row for key, row in self.store.trials().items() if not isinstance(row.outcome, TrialFailure)}
-        with Watch(self.console, plan.norms, plan.batch_sizes, self._work, 1) as watch:
+        text = plan.data_kind == "text"
+        with Watch(self.console, plan.norms, plan.batch_sizes, self._work, 1, text) as watch:
             self.watch = watch
             missing: list[TrialSettings] = []
 

@@ -32,6 +32,7 @@ class Watch:
         batch_sizes: columns of the table.
         work: estimated cost of a trial, in any unit; the time left is reckoned with it.
         workers: trials at a time.
+        text: whether trials are scored in bits per byte.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Watch:
         batch_sizes: Sequence[int],
         work: Callable[[TrialSettings], float],
         workers: int,
+        text: bool = False,
     ) -> None:
         self.console = console
         self.norms = list(norms)
@@ -53,7 +55,7 @@ class Watch:
         self.count = 0
         self.planned = 0
         self.failed = 0
-        self.text = False
+        self.text = text
         self.cells: dict[tuple[str, int], list[tuple[float, float]]] = {}
         self.marks: dict[tuple[str, int], str] = {}
         self.started = time.monotonic()
@@ -104,7 +106,6 @@ class Watch:
             robust = mpc(outcome.corruptions) if outcome.corruptions else float("nan")
             self.cells.setdefault(place, []).append((outcome.clean, robust))
         elif outcome.bits is not None:
-            self.text = True
             self.cells.setdefault(place, []).append((outcome.bits, float("nan")))
         if not stored:
             self._refresh(settings, outcome)
