@@ -38,8 +38,11 @@ def to_markdown(text: str) -> str:
 
 
 def _math(latex: str, display: str) -> str:
+    latex = " ".join(latex.split()).replace(r"\arg", r"\operatorname{arg}")  # which the converter does not know
+    if "&" in latex or r"\\" in latex:  # several rows, as Sphinx reads them
+        latex = rf"\begin{{align*}} {latex} \end{{align*}}"
     # An asterisk or an underscore inside the element would be read as emphasis.
-    made = convert(" ".join(latex.split()), display=display)
+    made = convert(latex, display=display)
     made = re.sub(r"[*_\\`]", lambda mark: f"&#{ord(mark.group())};", made)
     # A line that begins with <math> would be read as a block of HTML; one that begins with <span> is text.
     return f"<span>{made}</span>" if display == "inline" else made

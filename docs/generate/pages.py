@@ -34,6 +34,8 @@ from evenly.cli import app  # noqa: E402
 _CSS = """
 .equation { overflow: auto hidden; margin: 1em 0; padding: .4em 0; }
 math { font-size: 1.1em; }
+mtd[columnalign="right"] { text-align: right; padding-right: 0; }
+mtd[columnalign="left"] { text-align: left; padding-left: 0; }
 .claim-picture img { background: #fff; border-radius: 4px; padding: 4px; }
 .verdict { border-radius: 4px; padding: .1em .5em; font-weight: 600; color: #fff; background: #8a5a00; }
 .verdict.reproduced { background: #1f6f4a; }
@@ -106,7 +108,7 @@ def method_page(row: Method) -> str:
     parts.append("## What it gives you")
     for name in row.objects:
         home = _homes()[name]
-        dotted = name.replace(":", ".")
+        dotted = _dotted(name)
         parts.append(f"::: {dotted}" if home == row.id else f"[`{dotted}`][{dotted}] is described with `{home}`.")
     parts.extend(_claim(row))
     parts.extend(_benchmarks(row))
@@ -120,6 +122,12 @@ def _homes() -> dict[str, str]:
         for name in row.objects:
             homes.setdefault(name, row.id)
     return homes
+
+
+def _dotted(name: str) -> str:
+    """The identifier of an object; one that shares its name with its module has the longer one."""
+    dotted = name.replace(":", ".")
+    return f"{dotted}.{dotted.rsplit('.', 1)[1]}" if dotted in sys.modules else dotted
 
 
 def _as_prose(text: str) -> str:
@@ -147,7 +155,8 @@ def _claim(row: Method) -> Iterator[str]:
         return
     verdict = result["verdict"]
     name = "verdict reproduced" if verdict == "reproduced" else "verdict"
-    yield f'<span class="{name}">{verdict}</span> {_text(claims.summary(result).splitlines()[0])}'
+    said = claims.summary(result).splitlines()[0]
+    yield f'<span class="{name}">{verdict}</span> {_text(said.removeprefix(verdict))}'
     if result["why"]:
         yield _text(result["why"])
     lines = ["| metric | baseline | per seed | method | per seed |", "|---|---|---|---|---|"]
@@ -161,8 +170,8 @@ def _claim(row: Method) -> Iterator[str]:
     for check in result["checks"]:
         wanted = f"{check['relation']} {_number(check['threshold'])}"
         outcome = "holds" if check["passed"] else "**fails**"
-        cells = [check["name"], _number(check["value"]), wanted, outcome]
-        lines.append("| " + " | ".join(_text(cell) for cell in cells) + " |")
+        cells = [_text(cell) for cell in (check["name"], _number(check["value"]), wanted)]
+        lines.append("| " + " | ".join([*cells, outcome]) + " |")
     yield "\n".join(lines)
     if (ROOT / "docs" / "claims" / f"{row.id}.svg").exists():
         yield f'<div class="claim-picture" markdown>![What the claim measured](../claims/{row.id}.svg)</div>'
@@ -178,8 +187,9 @@ def _benchmarks(row: Method) -> Iterator[str]:
     for path in sorted((ROOT / "docs" / "benchmarks").glob("*.json")):
         rows = [one for one in _flat(json.loads(path.read_text(encoding="utf-8"))) if _is_of(one, row.id, names)]
         if rows:
-            columns = list(dict.fromkeys(key for one in rows for key in one))
-            lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+            columns = list(dict.fromkeys(key for one in rows for key, value in one.items() if value is not None))
+            titles = [_text(column.replace("_", " ")) for column in columns]
+            lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(columns)]
             for one in rows:
                 lines.append("| " + " | ".join(_text(_number(one.get(column))) for column in columns) + " |")
             source = f"`python benchmarks/{path.stem}.py`, [{path.name}](../benchmarks/{path.name})"
@@ -212,6 +222,8 @@ def _is_of(row: dict[str, Any], id: str, names: set[str]) -> bool:
 def _number(value: Any) -> str:
     if value is None:
         return ""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -270,11 +282,11 @@ def _package(name: str) -> str:
     homes = _homes()
     for member in module.__all__:
         found = getattr(module, member)
-        home = homes.get(f"{name}:{member}")
+        home, dotted = homes.get(f"{name}:{member}"), _dotted(f"{name}:{member}")
         if home is not None:
-            parts.append(f"## {member}\n\n[`{name}.{member}`][{name}.{member}], with the method `{home}`.")
+            parts.append(f"## {member}\n\n[`{name}.{member}`][{dotted}], with the method `{home}`.")
         elif inspect.isclass(found) or inspect.isfunction(found):
-            parts.append(f"::: {name}.{member}\n    options:\n      heading_level: 2\n      show_root_full_path: false")
+            parts.append(f"::: {dotted}\n    options:\n      heading_level: 2\n      show_root_full_path: false")
     return "\n\n".join(parts) + "\n"
 
 

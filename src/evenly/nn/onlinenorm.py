@@ -61,8 +61,8 @@ class OnlineNorm(nn.Module):
 
     Args:
         num_features: C.
-        alpha_fwd: decay of the statistics in samples, inside (0, 1). 1 - 2**-10 to 1 - 2**-14 in the paper.
-        alpha_bkw: decay of the controllers in samples, inside (0, 1). 1 - 2**-4 to 1 - 2**-7 in the paper.
+        alpha_fwd: decay of the statistics in samples, inside (0, 1). ``1 - 2**-10`` to ``1 - 2**-14`` in the paper.
+        alpha_bkw: decay of the controllers in samples, inside (0, 1). ``1 - 2**-4`` to ``1 - 2**-7`` in the paper.
         eps: added to the variance.
         affine: learn weight and bias, one a channel.
         guard: ``"layer_scaling"``, ``"activation_clamping"`` or ``"none"``, applied last.
