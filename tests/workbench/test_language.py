@@ -147,7 +147,7 @@ def test_comparison(compared: tuple[Comparison, str]) -> None:
     assert len(comparison.trials) == 2 * (5 + 2)
     assert not comparison.failed
     assert all(set(arm.scores) == {"bits"} and arm.rank is not None for arm in comparison.arms)
-    assert "Ranked by bits per byte; ± standard deviation over seeds" in printed
+    assert "Ranked by bits per byte; less is better, ± standard deviation over seeds" in printed
     assert comparison.finding in printed
     assert set(comparison.frame().columns) >= {"norm", "lr", "bits"}
 

@@ -10,8 +10,8 @@ variance over the positions of sample :math:`t`:
 
 .. math::
     y_t &= \frac{x_t - μ_{t-1}}{\sqrt{σ_{t-1}^2 + ε}}, \\
-    σ_t^2 &= α_f σ_{t-1}^2 + (1 - α_f) s_t + α_f (1 - α_f) (m_t - μ_{t-1})^2, \qquad
-    μ_t = α_f μ_{t-1} + (1 - α_f) m_t, \\
+    σ_t^2 &= α_f σ_{t-1}^2 + (1 - α_f) s_t + α_f (1 - α_f) (m_t - μ_{t-1})^2, \\
+    μ_t &= α_f μ_{t-1} + (1 - α_f) m_t, \\
     \tilde y'_t &= y'_t - (1 - α_b) v_{t-1} y_t, \qquad v_t = v_{t-1} + \overline{\tilde y'_t y_t}, \\
     x'_t &= \frac{\tilde y'_t}{\sqrt{σ_{t-1}^2 + ε}} - (1 - α_b) u_{t-1}, \qquad u_t = u_{t-1} + \overline{x'_t}.
 

@@ -13,12 +13,13 @@ __all__ = ["Interval", "Series", "bars", "curves", "dumbbell", "intervals", "lin
 
 @dataclass(frozen=True)
 class Series:
-    """One line or bar: a name, its colour class (``s0``..``s5``), and points (x, y)."""
+    """One line or bar: a name, its colour class (``s0``..``s5``), points (x, y), and the x of a point to ring."""
 
     name: str
     colour: str
     points: Sequence[tuple[float, float]]
     faint: Sequence[Sequence[tuple[float, float]]] = ()
+    chosen: float | None = None
 
 
 @dataclass(frozen=True)
@@ -169,57 +170,90 @@ def lines(
     title: str,
     series: Sequence[Series],
     x_name: str,
+    y_name: str,
     *,
     log_x: bool = False,
-    low: float = 0.0,
     high: float | None = None,
 ) -> str:
-    """Lines of all normalizations in one picture, each named at its right end.
+    """Lines of all normalizations in one picture, each named at its right end, on a logarithmic vertical axis.
 
     Args:
         title: what is drawn, for readers that do not see it.
-        series: the lines; thin lines for ``faint``; a point a value where there are at most 8.
-        x_name: name of the horizontal axis.
-        log_x: logarithmic horizontal axis, marked at the points themselves.
-        low: the vertical axis starts at the least value, but not below this.
+        series: the lines, of positive values; thin lines for ``faint``; a point a value where there are at most 8.
+        x_name, y_name: names of the axes.
+        log_x: logarithmic horizontal axis, marked at the points themselves; otherwise it starts at 0.
         high: the vertical axis ends there at most, and lines are cut off.
     """
-    left, right, top, bottom, width, height = 44, 84, 10, 40, 520, 300
+    left, right, top, bottom, width, height = 52, 96, 26, 44, 1000, 360
     points = [p for each in series for line in (each.points, *each.faint) for p in line]
     if not points:
         return ""
     values = [v if high is None else min(v, high) for _, v in points]
-    marks = ticks(max(low, min(values)), max(values), 5)
+    marks = _log_ticks(min(values), max(values))
     across = sorted({p for p, _ in points})
     place = math.log10 if log_x else float
-    x = _scale(place(across[0]), place(across[-1]), left + 8, width - right)
-    y = _scale(marks[0], marks[-1], height - bottom, top)
-    out = [_open(width, height, title)]
+    x = _scale(place(across[0]) if log_x else 0, place(across[-1]), left + 8, width - right)
+    scale = _scale(math.log10(marks[0]), math.log10(marks[-1]), height - bottom, top)
+
+    def y(value: float) -> float:
+        return scale(math.log10(min(max(value, marks[0]), marks[-1])))
+
+    out = [_open(width, height, title), _text(left - 7, top - 12, y_name, "tick", "start")]
     for value in marks:
         out.append(_line(left, y(value), width - right, y(value), "grid"))
         out.append(_text(left - 7, y(value) + 4, f"{value:g}", "tick", "end"))
-    for value in across if log_x else ticks(across[0], across[-1], 4):
-        if across[0] <= value <= across[-1]:
-            out.append(_text(x(place(value)), height - bottom + 18, f"{value:g}", "tick", "middle"))
-    out.append(_text((left + width - right) / 2, height - 4, x_name, "tick", "middle"))
+    for value in across if log_x else [v for v in ticks(0, across[-1], 6) if v <= across[-1]]:
+        out.append(_text(x(place(value)), height - bottom + 18, f"{value:g}", "tick", "middle"))
+    out.append(_text((left + width - right) / 2, height - 6, x_name, "tick", "middle"))
 
     def path(line: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-        return [(x(place(p)), y(min(max(v, marks[0]), marks[-1]))) for p, v in line]
+        return [(x(place(p)), y(v)) for p, v in line]
 
     for each in series:
         out.extend(_path(path(faint), f"faint {each.colour}") for faint in each.faint)
     ends = sorted(((path(each.points)[-1][1], each) for each in series if each.points), key=lambda end: end[0])
-    free = -math.inf
-    for at, each in ends:
+    names = _apart([at for at, _ in ends], 14, height - bottom)
+    for at, (_, each) in zip(names, ends, strict=True):
         out.append(_path(path(each.points), f"line {each.colour}", each.name))
         if len(each.points) <= 8:
             for (px, py), (p, v) in zip(path(each.points), each.points, strict=True):
                 tip = f"<title>{escape(f'{each.name}, {x_name} {p:g}: {v:.3f}')}</title>"
                 out.append(f'<circle class="dot {each.colour}" cx="{px:.1f}" cy="{py:.1f}" r="3.2">{tip}</circle>')
-        free = max(at, free + 14)
-        out.append(_text(width - right + 10, free + 4, each.name, f"label {each.colour}"))
+                if p == each.chosen:
+                    out.append(f'<circle class="ring {each.colour}" cx="{px:.1f}" cy="{py:.1f}" r="7"></circle>')
+        out.append(_text(width - right + 12, at + 4, each.name, f"label {each.colour}"))
     out.append("</svg>")
     return "".join(out)
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers around ``low``..``high`` for a logarithmic axis.
+
+    >>> _log_ticks(2.7, 5.5)
+    [2.5, 3, 4, 5, 6]
+    """
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    steps = (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+    every = [float(f"{step * 10.0**power:g}") for power in range(first, last + 1) for step in steps]
+    down = max(v for v in every if v <= low)
+    up = min(v for v in every if v >= high and v > down)
+    return [int(v) if v.is_integer() else v for v in every if down <= v <= up]
+
+
+def _apart(places: Sequence[float], gap: float, end: float) -> list[float]:
+    """Heights from top to bottom, moved until they are ``gap`` apart and, where there is room, end at ``end``.
+
+    >>> _apart([10, 12, 98], 10, 100), _apart([97, 98], 10, 100)
+    ([10, 20, 98], [90, 100])
+    """
+    moved: list[float] = []
+    for place in places:
+        moved.append(max(place, moved[-1] + gap) if moved else place)
+    limit = end
+    for index in reversed(range(len(moved))):
+        moved[index] = min(moved[index], limit)
+        limit = moved[index] - gap
+    return moved
 
 
 def bars(rows: Sequence[tuple[str, Sequence[float]]], names: Sequence[str], unit: str, digits: int) -> str:

@@ -131,7 +131,7 @@ class Watch:
                 self.say(f"{self.count}/{self.planned}  {_name(settings)}: {_scores(outcome)}  ({self.left()})")
 
     def _view(self) -> Group:
-        title = "bits per byte so far" if self.text else "clean accuracy / mPC so far, %"
+        title = ("bits per byte" if self.text else "clean accuracy / mPC, %") + " so far (seeds)"
         table = Table(title=title, title_justify="left")
         table.add_column("normalization")
         for batch in self.batch_sizes:
@@ -169,6 +169,8 @@ def print_ranking(console: Console, arms: Sequence[Arm], metric: str) -> None:
         table.add_column(title, no_wrap=True, justify="right" if title == "rank" else "left")
     for name in shown:
         table.add_column(_TITLES[name], no_wrap=True, justify="left" if name == "worst" else "right")
+    if metric in LOWER:
+        table.add_column("learning rate", no_wrap=True, justify="right")
     if wide:
         for batch in batches if len(batches) > 1 else ():
             table.add_column(f"{first}, batch {batch}", no_wrap=True, justify="right")
@@ -178,13 +180,15 @@ def print_ranking(console: Console, arms: Sequence[Arm], metric: str) -> None:
         for name in shown:
             text = plus_minus(arm.mean(name), arm.spread(name), name)
             cells.append(f"{text} {arm.worst.replace('_', ' ')}" if name == "worst" and arm.worst else text)
+        if metric in LOWER:
+            cells.append(" / ".join("–" if cell.lr is None else f"{cell.lr:g}" for cell in arm.cells))
         if wide:
             if len(batches) > 1:
                 cells += [plus_minus(cell.mean(first), float("nan"), first) for cell in arm.cells]
             cells.append(" / ".join(f"{1000 * cell.seconds_per_step:.1f}" for cell in arm.cells))
         style = "bold" if arm.rank == 1 and not plain else ""
         table.add_row("–" if arm.rank is None else str(arm.rank), escape(arm.norm), *cells, style=style)
-    unit = "" if metric in LOWER else "%, "
+    unit = "less is better, " if metric in LOWER else "%, "
     console.print(f"Ranked by {METRICS[metric]}; {unit}± standard deviation over seeds", highlight=False, style="bold")
     console.print(table)
     for arm in arms:

@@ -135,6 +135,7 @@ def _row(arm: Arm, metrics: Sequence[str], description: str) -> dict[str, Any]:
             for cell in arm.cells
         ],
         "notes": notes(arm, rates=False),
+        "rates": " / ".join("–" if cell.lr is None else f"{cell.lr:g}" for cell in arm.cells),
     }
 
 
@@ -249,14 +250,18 @@ def _rates(comparison: Comparison) -> list[tuple[str, Markup]]:
             row = found.setdefault(settings.batch_size, {}).setdefault(settings.norm, {})
             row[settings.lr] = outcome.validation["bits"]
     order = [arm.norm for arm in comparison.arms]
+    chosen = {(cell.norm, cell.batch_size): cell.lr for arm in comparison.arms for cell in arm.cells}
     panels = []
     for size, by_norm in found.items():
         series = [
-            charts.Series(norm, f"s{place % 6}", sorted(by_norm[norm].items()))
+            charts.Series(norm, f"s{place % 6}", sorted(by_norm[norm].items()), chosen=chosen.get((norm, size)))
             for place, norm in enumerate(order)
             if norm in by_norm
         ]
-        panels.append((f"batch {size}", Markup(charts.lines("bits per byte", series, "learning rate", log_x=True))))
+        title = "held-out bits per byte over learning rates"
+        panels.append(
+            (f"batch {size}", Markup(charts.lines(title, series, "learning rate", "bits per byte", log_x=True)))
+        )
     return panels
 
 
@@ -273,7 +278,8 @@ def _progress(arms: Sequence[Arm], sizes: Sequence[int]) -> list[tuple[str, Mark
                     mean = [(curves[0][i][0], fmean(curve[i][1] for curve in curves)) for i in range(length)]
                     series.append(charts.Series(arm.norm, f"s{place % 6}", mean, curves if len(curves) > 1 else ()))
         if series:
-            panels.append((f"batch {size}", Markup(charts.lines("training bits per byte", series, "steps", high=8.0))))
+            chart = charts.lines("training bits per byte over steps", series, "steps", "bits per byte", high=8.0)
+            panels.append((f"batch {size}", Markup(chart)))
     return panels
 
 
