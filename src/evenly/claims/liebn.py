@@ -55,7 +55,8 @@ def trial(settings: Mapping[str, Any], seed: int, budget: str) -> dict[str, Any]
     layers = [module for module in network.modules() if isinstance(module, LieBNSPD)]
     control = {"mean": 0.0, "variance": 0.0}
     for layer in layers:
-        layer.register_forward_hook(lambda layer, args, y: _watch(layer, args[0], y, control))
+        kept = _keep_mean(layer)
+        layer.register_forward_hook(lambda layer, args, y, kept=kept: _watch(layer, args[0], y, kept, control))
     optimizer = geoopt.optim.RiemannianAdam(network.parameters(), lr=settings["lr"], amsgrad=True)
     losses = []
     for _ in range(EPOCHS[budget]):
@@ -215,15 +216,28 @@ def _network(norm: str) -> nn.Module:
     )
 
 
+def _keep_mean(layer: LieBNSPD) -> dict[str, Center]:
+    """Where the mean of the layer's last batch is found, so that to watch it does not take a second Karcher flow."""
+    kept: dict[str, Center] = {}
+    mean = layer.geometry.mean
+
+    def keeping(*args: Any, **options: Any) -> Center:
+        kept["mean"] = mean(*args, **options)
+        return kept["mean"]
+
+    layer.geometry.mean = keeping  # type: ignore[method-assign]
+    return kept
+
+
 @torch.no_grad()
-def _watch(layer: LieBNSPD, x: Tensor, y: Tensor, worst: dict[str, float]) -> None:
+def _watch(layer: LieBNSPD, x: Tensor, y: Tensor, kept: dict[str, Center], worst: dict[str, float]) -> None:
     """How far mean and variance of the output are from what the theory says they are."""
     if not y.requires_grad:  # training only
         return
     geometry, bias = layer.geometry, layer.bias_point()
     assert bias is not None
     tangent = geometry.log(geometry.deform(y), Center(geometry.deform(bias).unsqueeze(0))).value
-    variance = geometry.frechet_variance(x)
+    variance = geometry.square_norm(geometry.log(geometry.deform(x), kept["mean"]).value).mean()
     wanted = layer.weight.square() * variance / (variance + layer.eps)
     found = geometry.square_norm(tangent).mean()
     worst["mean"] = max(worst["mean"], geometry.square_norm(tangent.mean(0)).sqrt().item())
