@@ -24,6 +24,18 @@ def test_every_file_of_a_claim_is_named_for_a_method():
     assert {name.replace("_", "-") for name in public} == set(ALL)
 
 
+def test_the_readme_tells_the_stored_results():
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    results = [result for id in ALL if (result := claims.stored(id)) is not None]
+    for result in results:
+        holds = f"{sum(check['passed'] for check in result['checks'])} of {len(result['checks'])}"
+        name, value, low, high = (result["effect"][key] for key in ("name", "value", "low", "high"))
+        row = f"| [`{result['id']}`](docs/claims/{result['id']}.json) | {result['verdict']} | {holds} | "
+        assert f"{row}{name}: {value:.3g} [{low:.3g}, {high:.3g}] |" in readme
+    held = sum(result["verdict"] == "reproduced" for result in results)
+    assert f"{held} of {len(results)} hold." in readme
+
+
 @pytest.mark.parametrize("id", ALL)
 def test_a_claim_is_in_order(id):
     claim = claims.get(id)

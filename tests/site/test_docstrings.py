@@ -33,6 +33,13 @@ def test_an_equation_of_several_lines_is_one_block():
     assert made.endswith("\n\nAfter.\n")
 
 
+def test_an_equation_of_several_rows_is_aligned():
+    made = site.to_markdown(".. math::\n    y &= x, \\\\\n    z &= \\arg\\max y.\n")
+    assert made.count("<mtr>") == 2
+    assert ">&<" not in made
+    assert "&#92;" not in made  # a command that was not understood
+
+
 def test_references_become_links_only_to_the_library_itself():
     made = site.to_markdown(":class:`~evenly.nn.Norm` and :func:`torch.nn.functional.relu`")
     assert 'identifier="evenly.nn.Norm"><code>Norm</code>' in made

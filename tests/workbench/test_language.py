@@ -161,6 +161,7 @@ def test_report(compared: tuple[Comparison, str]) -> None:
     best = compared[0].arms[0]
     assert f"{best.mean('bits'):.3f}" in html
     assert html.count('class="dot s0"') == 5  # one point a learning rate
+    assert html.count('class="ring s0"') == 1  # the chosen one
 
 
 @pytest.mark.parametrize(
