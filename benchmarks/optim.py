@@ -7,10 +7,11 @@
 The model is a Transformer's parameters (no forward pass); gradients are random, and once more orthogonal to each
 row of the weights, so that AdamP and SGDP project every matrix. All optimizers step in turn, round after round, on
 the same parameters; of the large model each steps in turn with AdamW alone, so that no more than two hold a state,
-and peers are compared by their ratios to it. Printed are medians, the ratio to ``torch.optim.AdamW(foreach=True)``, the ratio to the peer
-named beside it, and the bytes of state that each holds. pytorch_optimizer's classes are timed where it is installed.
-It has no SWAN: SWAN's peers are its Muon (and torch's), which also makes singular values equal, and SWAN as its
-paper writes it, with ten coupled Newton-Schulz iterations, which is written out here.
+and peers are compared by their ratios to it. Printed are medians, the ratio to ``torch.optim.AdamW(foreach=True)``,
+the ratio to the peer named beside it, and the bytes of state that each holds. pytorch_optimizer's classes are timed
+where it is installed. It has no SWAN: SWAN's peers are its Muon (and torch's), which also makes singular values
+equal, and SWAN as its paper writes it, with ten coupled Newton-Schulz iterations, which is written out here; public
+implementations take the same number of iterations.
 """
 
 from __future__ import annotations
@@ -135,12 +136,13 @@ def measure(size: str, rounds: int, only: list[str] | None, clock: Callable[[], 
         turns = min(rounds, SLOW_ROUNDS) if size == "100M" and set(sitting) & set(SLOW) else rounds
         for row in _sit(size, {name: makers[name][0] for name in sitting}, turns, clock):
             found.setdefault((row["optimizer"], row["gradients"]), row)
+            if len(sittings) > 1:
+                print(f"{size}: {row['optimizer']}, {row['gradients']}: {row['ms']:.0f} ms", file=sys.stderr)
     for (name, kind), row in found.items():
         peer = found.get((makers[name][1] or "", kind))
         row["peer"] = peer["optimizer"] if peer else None
         # Each relative to AdamW beside it, so that two sittings compare.
         row["peer / ours"] = round(peer["of AdamW"] / row["of AdamW"], 2) if peer else None
-        print(f"{size}: {name}, {kind}: {row['of AdamW']:.2f} AdamW", file=sys.stderr)
     for row in found.values():
         row["of AdamW"] = round(row["of AdamW"], 3)
     return sorted(found.values(), key=lambda row: row["gradients"], reverse=True)
