@@ -6,10 +6,12 @@
 
 The model is a Transformer's parameters (no forward pass); gradients are random, and once more orthogonal to each
 row of the weights, so that AdamP and SGDP project every matrix. All optimizers step in turn, round after round, on
-parameters of their own; printed are medians, the ratio to ``torch.optim.AdamW(foreach=True)``, the ratio to the peer
-named beside it, and the bytes of state that each holds. pytorch_optimizer's classes are timed where it is installed.
-It has no SWAN: SWAN's peers are its Muon (and torch's), which also makes singular values equal, and SWAN as its
-paper writes it, with ten coupled Newton-Schulz iterations, which is written out here.
+the same parameters; of the large model each steps in turn with AdamW alone, so that no more than two hold a state,
+and peers are compared by their ratios to it. Printed are medians, the ratio to ``torch.optim.AdamW(foreach=True)``,
+the ratio to the peer named beside it, and the bytes of state that each holds. pytorch_optimizer's classes are timed
+where it is installed. It has no SWAN: SWAN's peers are its Muon (and torch's), which also makes singular values
+equal, and SWAN as its paper writes it, with ten coupled Newton-Schulz iterations, which is written out here; public
+implementations take the same number of iterations.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import json
 import math
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,8 +34,12 @@ import evenly.optim
 SIZES = {"1M": (128, 4, 1024), "100M": (768, 11, 28000)}  # width, layers, vocabulary
 BOUNDS = {"AdamP": 1.3, "SGDP": 1.3, "SinkGD": 1.3}  # of AdamW's step
 SWAN_BOUND = 1.5  # times faster than its peer
-SLOW = ("SWAN", "SWAN (plain)")  # two rounds only of the large model
+BASE = "AdamW (torch, foreach)"
+SLOW = ("SWAN", "SWAN (plain)")
+SLOW_ROUNDS = 2  # of these on the large model
 SLOWER = ("Muon (torch)", "Muon (peer)")  # small model only: their bfloat16 products take minutes on most CPUs
+
+Make = Callable[[nn.Module], list[torch.optim.Optimizer]]
 
 
 class PlainSWAN(torch.optim.Optimizer):
@@ -74,10 +81,10 @@ def _layer(width: int) -> dict[str, nn.Module]:
     return parts | {"norm1": nn.LayerNorm(width), "norm2": nn.LayerNorm(width)}
 
 
-def contestants() -> dict[str, tuple[Callable[[nn.Module], list[torch.optim.Optimizer]], str | None]]:
+def contestants() -> dict[str, tuple[Make, str | None]]:
     """Name: how to make the optimizers of a model, and whom to compare with besides AdamW."""
     sgd = {"lr": 1e-4, "momentum": 0.9, "nesterov": True}
-    made: dict[str, tuple[Callable[[nn.Module], list[torch.optim.Optimizer]], str | None]] = {
+    made: dict[str, tuple[Make, str | None]] = {
         "AdamW (torch, foreach)": (lambda m: [torch.optim.AdamW(m.parameters(), foreach=True)], None),
         "AdamW (torch, fused)": (lambda m: [torch.optim.AdamW(m.parameters(), fused=True)], None),
         "SGD (torch, foreach)": (lambda m: [torch.optim.SGD(m.parameters(), foreach=True, **sgd)], None),
@@ -119,49 +126,53 @@ def _split(
 
 
 def measure(size: str, rounds: int, only: list[str] | None, clock: Callable[[], float]) -> list[dict]:
-    """Time every contestant on one size; a row a contestant."""
-    torch.manual_seed(0)
-    model = Transformer(*SIZES[size])
-    params = list(model.parameters())
-    count = sum(p.numel() for p in params)
+    """Time every contestant on one size; a row a contestant. Of the large model two at a time hold their states."""
     makers = {name: entry for name, entry in contestants().items() if only is None or name in only}
     if size == "100M":
         makers = {name: entry for name, entry in makers.items() if name not in SLOWER}
-    gradients = {"random": [1e-3 * torch.randn_like(p) for p in params]}
-    gradients["orthogonal"] = [
-        g - p * (g * p).sum(-1, keepdim=True) / p.square().sum(-1, keepdim=True) if p.dim() == 2 else g
-        for p, g in zip(params, gradients["random"], strict=True)
-    ]
-    for row in gradients["orthogonal"]:
-        row.detach_()
-    optimizers = {name: make(model) for name, (make, _) in makers.items()}
+    sittings = [list(makers)] if size == "1M" else [[BASE, name] for name in makers if name != BASE]
+    found: dict[tuple[str, str], dict] = {}
+    for sitting in sittings:
+        turns = min(rounds, SLOW_ROUNDS) if size == "100M" and set(sitting) & set(SLOW) else rounds
+        for row in _sit(size, {name: makers[name][0] for name in sitting}, turns, clock):
+            found.setdefault((row["optimizer"], row["gradients"]), row)
+            if len(sittings) > 1:
+                print(f"{size}: {row['optimizer']}, {row['gradients']}: {row['ms']:.0f} ms", file=sys.stderr)
+    for (name, kind), row in found.items():
+        peer = found.get((makers[name][1] or "", kind))
+        row["peer"] = peer["optimizer"] if peer else None
+        # Each relative to AdamW beside it, so that two sittings compare.
+        row["peer / ours"] = round(peer["of AdamW"] / row["of AdamW"], 2) if peer else None
+    for row in found.values():
+        row["of AdamW"] = round(row["of AdamW"], 3)
+    return sorted(found.values(), key=lambda row: row["gradients"], reverse=True)
+
+
+def _sit(size: str, makers: dict[str, Make], rounds: int, clock: Callable[[], float]) -> list[dict]:
+    torch.manual_seed(0)
+    model = Transformer(*SIZES[size])
+    params = list(model.parameters())
+    grads = [1e-3 * torch.randn_like(p) for p in params]
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g
+    optimizers = {name: make(model) for name, make in makers.items()}
+    projecting = any("AdamP" in name or "SGDP" in name for name in optimizers)
     times: dict[tuple[str, str], list[float]] = {}
-    for turn in range(rounds + 1):  # the first makes the states and is not counted
-        for kind, grads in gradients.items():
-            for p, g in zip(params, grads, strict=True):
-                p.grad = g
+    for kind in ("random", "orthogonal") if projecting else ("random",):
+        for turn in range(rounds + 1):  # the first makes the states and is not counted
+            if kind == "orthogonal":
+                _make_orthogonal(params, grads)  # steps move the weights: anew in every round
             for name, made in optimizers.items():
                 if kind == "orthogonal" and not any(base in name for base in ("AdamP", "SGDP", "AdamW (torch, f")):
-                    continue
-                if size == "100M" and name in SLOW and turn > 2:
                     continue
                 started = clock()
                 for optimizer in made:
                     optimizer.step()
                 if turn:
                     times.setdefault((name, kind), []).append(clock() - started)
-            if kind == "orthogonal":
-                # Steps move the weights: make the gradients orthogonal anew.
-                for p, g in zip(params, grads, strict=True):
-                    if p.dim() == 2:
-                        with torch.no_grad():
-                            g.sub_(p * ((g * p).sum(-1, keepdim=True) / p.square().sum(-1, keepdim=True)))
     rows = []
     for (name, kind), values in times.items():
         ms = 1e3 * statistics.median(values)
-        base = 1e3 * statistics.median(times["AdamW (torch, foreach)", kind])
-        peer = makers[name][1]
-        against = times.get((peer, kind)) if peer else None
         state = sum(
             value.nbytes
             for optimizer in optimizers[name]
@@ -172,17 +183,25 @@ def measure(size: str, rounds: int, only: list[str] | None, clock: Callable[[], 
         rows.append(
             {
                 "model": size,
-                "parameters": count,
+                "parameters": sum(p.numel() for p in params),
                 "gradients": kind,
                 "optimizer": name,
+                "rounds": len(values),
                 "ms": round(ms, 3),
-                "of AdamW": round(ms / base, 3),
-                "peer": peer if against else None,
-                "peer / ours": round(1e3 * statistics.median(against) / ms, 2) if against else None,
+                "of AdamW": ms / (1e3 * statistics.median(times[BASE, kind])),
+                "peer": None,
+                "peer / ours": None,
                 "state MB": round(state / 1e6, 2),
             }
         )
     return rows
+
+
+def _make_orthogonal(params: list[nn.Parameter], grads: list[torch.Tensor]) -> None:
+    with torch.no_grad():
+        for p, g in zip(params, grads, strict=True):
+            if p.dim() == 2:
+                g.sub_(p * ((g * p).sum(-1, keepdim=True) / p.square().sum(-1, keepdim=True)))
 
 
 def main() -> None:
@@ -200,7 +219,7 @@ def main() -> None:
         options.threads = 1
     torch.set_num_threads(options.threads)
     clock = time.process_time if options.cpu_time else time.perf_counter
-    only = None if options.only is None else [*options.only, "AdamW (torch, foreach)"]
+    only = None if options.only is None else [*options.only, BASE]
     rows = []
     for size in ["1M"] if options.quick else options.size or list(SIZES):
         measured = measure(size, 5 if options.quick else options.rounds, only, clock)
