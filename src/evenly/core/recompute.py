@@ -49,7 +49,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _entered = 0
 
 
-class low_memory(ContextDecorator):  # noqa: N801
+class low_memory(ContextDecorator):
     """Run a forward pass that keeps less for its backward pass; also a decorator.
 
     Outputs of :func:`evenly.normalize`, and so of the layers of :mod:`evenly.nn` with their fused residual and
@@ -66,7 +66,8 @@ class low_memory(ContextDecorator):  # noqa: N801
 
     >>> import torch
     >>> from evenly import nn
-    >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), nn.BatchNorm(8, activation="relu"), torch.nn.Conv2d(8, 1, 3))
+    >>> first, last = torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 1, 3)
+    >>> net = torch.nn.Sequential(first, nn.BatchNorm(8, activation="relu"), last)
     >>> with nn.low_memory():
     ...     loss = net(torch.randn(2, 3, 8, 8)).square().mean()
     >>> loss.backward()
@@ -239,7 +240,7 @@ class _Recipe:
             y = self.function(*[None if source is None else source.tensor() for source in self.sources])
         if (y.shape, y.stride()) != self.strides or y.dtype != self.dtype:
             raise RuntimeError(
-                f"what was to be computed again had shape {tuple(self.strides[0])}, strides {self.strides[1]} and dtype "
+                f"what is to be computed again had shape {tuple(self.strides[0])}, strides {self.strides[1]} and dtype "
                 f"{self.dtype}, and now has shape {tuple(y.shape)}, strides {y.stride()} and dtype {y.dtype}: the "
                 "function given to recomputed must do the same each time."
             )
