@@ -194,6 +194,6 @@ def test_contestants_are_the_same_network(script: dict[str, Any], kind: str) -> 
     peaks = {row["network"]: row["peak"] for row in rows}
     assert all(row["peak"] > row["held"] > 0 for row in rows)
     assert peaks["evenly, memory='low'"] < peaks["evenly"]
-    rows[2]["losses"] = [0.0, 0.0, 0.0]
+    rows[3]["losses"] = [0.0, 0.0, 0.0]
     with pytest.raises(SystemExit, match="does not give the losses"):
         script["check_losses"](rows)

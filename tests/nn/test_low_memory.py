@@ -146,7 +146,7 @@ def test_less_is_kept() -> None:
     assert 4 * size <= low < 4.3 * size
 
 
-def test_a_chain_of_residuals_keeps_every_fourth_and_computes_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chain_of_residuals_keeps_every_eighth_and_computes_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
 
     class Chain(nn.Module):
@@ -165,8 +165,8 @@ def test_a_chain_of_residuals_keeps_every_fourth_and_computes_each_once(monkeypa
     train(copy.deepcopy(model), [x], low=False)
     assert same(train(copy.deepcopy(model), [x], low=False), train(copy.deepcopy(model), [x], low=True))
     assert kept_bytes(lambda: model(x)) > 18 * size
-    # Nine outputs of convolutions, two of normalizations (blocks 4 and 8), and the last.
-    assert 12 * size <= kept_bytes(en.low_memory()(lambda: model(x))) < 12.5 * size
+    # Nine outputs of convolutions, one of normalizations (block 8), and the last.
+    assert 11 * size <= kept_bytes(en.low_memory()(lambda: model(x))) < 11.5 * size
     calls = []
     from evenly.core.kernels import operator
 
@@ -182,8 +182,8 @@ def test_a_chain_of_residuals_keeps_every_fourth_and_computes_each_once(monkeypa
     with en.low_memory():
         y = model(x)
     y.sum().backward()
-    # Blocks 1 to 3 and 5 to 7 where there are kernels; where there are none, they go another way.
-    assert len(calls) in (0, 6)
+    # Blocks 1 to 7 where there are kernels; where there are none, they go another way.
+    assert len(calls) in (0, 7)
 
 
 def test_a_residual_that_nothing_else_keeps_is_not_worth_it() -> None:

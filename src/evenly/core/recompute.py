@@ -15,8 +15,8 @@ a hook of autograd sees every tensor that is saved; one that lies in such a stor
 the recipe. This was chosen over ``torch.utils.checkpoint`` around a segment because it needs no segments (any network
 that contains the layers gains), never repeats an expensive layer, a draw of random numbers or a measurement of
 statistics, and works out the very numbers that were there: gradients are the same bit for bit. Recipes may build
-on recipes, as those of residual networks do; every fourth tensor of such a chain is kept, so that a chain needs
-little memory while it is worked out and no value is computed twice.
+on recipes, as those of residual networks do; every eighth tensor of such a chain is kept, so that a chain needs
+little memory while it is worked out, and no value is computed twice.
 
 References:
     Chen, Xu, Zhang & Guestrin, *Training Deep Nets with Sublinear Memory Cost*, 2016, arXiv 1604.06174, section 3
@@ -42,7 +42,7 @@ __all__ = ["MEMORY", "announce", "check_memory", "is_announced", "low_memory", "
 
 MEMORY = ("normal", "low")
 
-_LONGEST = 3  # recipes that build on one another, before a tensor is kept
+_LONGEST = 7  # recipes that build on one another, before a tensor is kept
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 #: How many contexts are entered, in all threads; whether one is in force here is asked only where there is one.
@@ -55,7 +55,7 @@ class low_memory(ContextDecorator):
     Outputs of :func:`evenly.normalize`, and so of the layers of :mod:`evenly.nn` with their fused residual and
     activation, are not kept: the backward pass computes them again, once each, from what is kept anyway. Values,
     gradients and running statistics are the same bit for bit, and random numbers are drawn as without it. It costs
-    one more pass over memory for each such output. A bottleneck block of a residual network keeps about 7/12 of what
+    one more pass over memory for each such output. A bottleneck block of a residual network keeps about half of what
     the same block of ``torch.nn`` keeps.
 
     Only the forward pass needs to be inside. Nothing changes without gradient. Where something else decides what is
