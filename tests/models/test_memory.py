@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from evenly.core.kernels import cpu
 from evenly.models import TransformerBlock, gpt, resnet
 
 MODELS: dict[str, Callable[[str], nn.Module]] = {
@@ -79,6 +80,7 @@ def test_the_same_to_the_bit(name: str) -> None:
         assert torch.equal(a[0], b[0])
 
 
+@pytest.mark.skipif(not cpu.available(), reason=f"CPU kernels {cpu.why_not()}")
 @pytest.mark.parametrize(
     ("name", "most"),
     [("post", 0.72), ("pre", 0.72), ("gpt", 0.68), ("gpt, swiglu, rms", 0.68), ("gpt, sandwich", 0.65)],
