@@ -329,7 +329,7 @@ def _unpack(saved: Any) -> Tensor:
 
 def _free() -> bool:
     """Nobody else decides what is saved here."""
-    autograd = torch._C._autograd
+    autograd: Any = torch._C._autograd  # its stub lacks one of them
     if torch._C._are_functorch_transforms_active() or not autograd._saved_tensors_hooks_is_enabled():
         return False
     return autograd._top_saved_tensors_default_hooks(True) is None
