@@ -51,6 +51,12 @@ int run(Problem p, bool residual) {
   if (residual) p.residual = r.data();
   if (p.relu_bits) p.bits = bits.data();
   if (kernels_portable.forward(p) != OK) return -1;
+  // Once more from the statistics that are there: the same bytes.
+  Problem again = p;
+  std::vector<unsigned char> once_more(x.size());
+  again.ready = 1, again.relu_bits = 0, again.bits = nullptr, again.y = once_more.data();
+  again.mean_out = again.var_out = nullptr;
+  if (kernels_portable.forward(again) != OK || once_more != y) return -1;
   p.y = nullptr;
   p.dy = dy.data(), p.dx = dx.data();
   if (p.wsize) p.dweight = dw.data(), p.dbias = db.data();

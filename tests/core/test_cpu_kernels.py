@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import evenly
+from evenly.core import recompute
 from evenly.core.kernels import cpu, operator, reference
 from evenly.core.kernels.lowering import block, dense_order, weight_index
 from evenly.core.patterns import bind
@@ -286,6 +287,43 @@ def test_bits_do_not_depend_on_the_number_of_threads(pattern, last):
     for other in runs[1:]:
         for a, b in zip(runs[0], other, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("pattern", "shape", "options"),
+    [
+        ("n c h w -> c", (3, 16, 30, 31), {}),
+        ("n c h w -> n c", (3, 16, 30, 31), {}),
+        ("n (g c) h w -> n g", (3, 16, 30, 31), {"g": 4, "affine": "(g c)"}),
+        ("n c -> c", (1500, 33), {}),
+        ("n d -> n", (700, 65), {"affine": "d"}),
+        ("n d -> n", (700, 65), {"affine": "d", "center": False, "scale": "rms"}),
+        ("n d -> n", (3, 17), {"affine": "d", "center": False}),
+    ],
+)
+@pytest.mark.parametrize("layout", ["first", "last", "given"])
+def test_the_output_once_more_is_the_same_to_the_bit(pattern, shape, options, layout, dtype):
+    torch.manual_seed(0)
+    x, residual = (torch.randn(shape, dtype=dtype) * 3 + 1 for _ in range(2))
+    if layout == "last" and x.ndim == 4:
+        x = x.to(memory_format=torch.channels_last)
+    sizes = {"g": options["g"]} if "g" in options else {}
+    stats = evenly.moments(x, pattern, **sizes)[:2] if layout == "given" else None
+    features = shape[1]
+    weight = torch.randn(features, requires_grad=True)
+    options = {"affine": "c", **options}
+    for activation in (None, "relu", "silu", "gelu"):
+        for r in (None, residual):
+            with recompute.low_memory():
+                held = recompute._pack(residual)  # as a layer before it would
+                y = evenly.normalize(
+                    x, pattern, weight=weight, bias=weight, residual=r, activation=activation, stats=stats, **options
+                )
+                found = recompute._lookup(y)
+                assert found is not None
+                assert torch.equal(found.tensor(), y)
+                assert held.tensor() is not None
 
 
 def test_concurrent_calls():

@@ -14,12 +14,14 @@ References:
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from evenly.core import kernels
+from evenly.core import kernels, recompute
 from evenly.core.kernels import operator, reference
 from evenly.core.kernels.reference import Call, Groups
 from evenly.core.patterns import PatternError, Plan, affine_groups, bind
@@ -218,6 +220,10 @@ def normalize(
     if key is not None:
         operator.remember(key, x, plan, call)
     result = kernels.run(x, plan, call)
+    if result.y.requires_grad and recompute.watching() and not recompute.is_announced(result.y):
+        rest = replace(call, weight=None, bias=None, residual=None, mean=None, var=None, want_stats=False)
+        given = (call.weight, call.bias, call.residual, call.mean, call.var)
+        recompute.announce(result.y, partial(_again, plan, rest), (x, *given), call.residual)
     if not return_stats:
         return result.y
     assert result.mean is not None and result.var is not None and result.count is not None
@@ -294,6 +300,12 @@ def quick_key(
         stats is None,
         *sizes.items(),
     )
+
+
+def _again(plan: Plan, call: Call, x: Tensor, *given: Tensor | None) -> Tensor:
+    weight, bias, residual, mean, var = given
+    call = replace(call, weight=weight, bias=bias, residual=residual, mean=mean, var=var)
+    return kernels.run(x, plan, call).y
 
 
 def _check_input(x: Tensor, name: str) -> None:

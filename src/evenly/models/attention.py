@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import inspect
 import math
+import operator
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -28,6 +30,7 @@ from torch.nn import functional
 
 import evenly.nn
 from evenly.core import normalize
+from evenly.core.recompute import check_memory, recomputed, saving
 from evenly.models._normed import NormedActivation
 from evenly.models.recipes import Recipe, recipe
 from evenly.models.rotary import Rotary
@@ -177,7 +180,8 @@ class Attention(nn.Module):
         elif self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is not None:
-            q, k = self.rotary(q, offset), self.rotary(k, offset)
+            turned = partial(self.rotary, offset=offset)
+            q, k = recomputed(turned, q), recomputed(turned, k)
         return q, k, v
 
     def extra_repr(self) -> str:
@@ -215,8 +219,8 @@ class FeedForward(nn.Module):
         x = self.up(x)
         if self.activation == "swiglu":
             u, v = x.chunk(2, -1)
-            return self.out(u * functional.silu(v))
-        return self.out(functional.gelu(x) if self.activation == "gelu" else functional.relu(x))
+            return self.out(recomputed(operator.mul, u, recomputed(functional.silu, v)))
+        return self.out(recomputed(functional.gelu if self.activation == "gelu" else functional.relu, x))
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"
@@ -327,6 +331,9 @@ class TransformerBlock(nn.Module):
         dim, num_heads, norm, placement, dropout, **attention: as in :class:`AttentionBlock`.
         mlp_ratio: hidden features of the perceptron, as a multiple of ``dim``.
         activation: of the perceptron; see :class:`FeedForward`.
+        memory: ``"normal"``, or ``"low"`` to keep less for the backward pass, with the same gradients: outputs of
+            normalizations, activations and rotary positions are computed again; see
+            :class:`evenly.nn.low_memory`.
 
     >>> TransformerBlock(32, 4, placement="post")(torch.randn(2, 10, 32)).shape
     torch.Size([2, 10, 32])
@@ -343,9 +350,12 @@ class TransformerBlock(nn.Module):
         activation: str = "gelu",
         dropout: float = 0.0,
         bias: bool = False,
+        memory: str = "normal",
         **attention: object,
     ) -> None:
         super().__init__()
+        check_memory(memory)
+        self.memory = memory
         hidden = round(mlp_ratio * dim)
         if hidden < 1:
             raise ValueError(f"mlp_ratio={mlp_ratio} leaves no hidden feature of dim={dim}")
@@ -356,13 +366,15 @@ class TransformerBlock(nn.Module):
         self.mlp = Residual(mlp, dim, norm, placement, dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.mlp(self.attention(x, mask), mask)
+        with saving(self.memory):
+            return self.mlp(self.attention(x, mask), mask)
 
     def step(self, x: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> tuple[Tensor, Cache]:
         """With a cache of earlier positions; see :meth:`Attention.attend`."""
-        x, cache = self.attention.step(x, mask, cache)
-        new = None if mask is None else mask[:, mask.shape[1] - x.shape[1] :]
-        return self.mlp(x, new), cache
+        with saving(self.memory):
+            x, cache = self.attention.step(x, mask, cache)
+            new = None if mask is None else mask[:, mask.shape[1] - x.shape[1] :]
+            return self.mlp(x, new), cache
 
 
 def attention_mask(x: Tensor, mask: Tensor | None, before: int, causal: bool) -> tuple[Tensor | None, bool]:

@@ -18,6 +18,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from evenly.core.recompute import check_memory, saving
 from evenly.models._language import LanguageModel
 from evenly.models.attention import Cache, TransformerBlock, make_layer
 from evenly.models.recipes import Recipe, recipe
@@ -35,6 +36,7 @@ class GPT(LanguageModel):
         final_norm: before the output; ``None`` for none.
         tie: whether the output shares the embedding's weight.
         dropout: of the embeddings, in training.
+        memory: ``"normal"`` or ``"low"``; see :func:`gpt`.
     """
 
     def __init__(
@@ -47,8 +49,11 @@ class GPT(LanguageModel):
         final_norm: nn.Module | None,
         tie: bool,
         dropout: float,
+        memory: str = "normal",
     ) -> None:
         super().__init__()
+        check_memory(memory)
+        self.memory = memory
         self.vocab_size = vocab_size
         self.block_size = block_size
         self.embedding = nn.Embedding(vocab_size, dim)
@@ -66,12 +71,13 @@ class GPT(LanguageModel):
     def hidden_states(
         self, idx: Tensor, mask: Tensor | None, caches: list[Cache | None] | None
     ) -> tuple[Tensor, list[Cache | None]]:
-        h = self.dropout(self.embedding(idx))
         kept: list[Cache | None] = []
-        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
-            h, cache = cast(TransformerBlock, block).step(h, mask, cache)
-            kept.append(cache)
-        return h if self.final_norm is None else self.final_norm(h), kept
+        with saving(self.memory):
+            h = self.dropout(self.embedding(idx))
+            for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
+                h, cache = cast(TransformerBlock, block).step(h, mask, cache)
+                kept.append(cache)
+            return h if self.final_norm is None else self.final_norm(h), kept
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.head(hidden)
@@ -94,6 +100,7 @@ def gpt(
     bias: bool = False,
     tie: bool = False,
     rope_base: float = 10000.0,
+    memory: str = "normal",
 ) -> GPT:
     """A decoder-only language model.
 
@@ -117,13 +124,16 @@ def gpt(
         bias: whether linear layers have biases.
         tie: share the weights of embedding and output.
         rope_base: base of the rotary positions.
+        memory: ``"normal"``, or ``"low"`` to keep less for the backward pass, with the same gradients: outputs of
+            normalizations, activations and rotary positions are computed again; see
+            :class:`evenly.nn.low_memory`.
 
     Returns:
         A module from token ids (B, T) to ``(logits, loss)``; see :meth:`GPT.forward` and :meth:`GPT.generate`.
         Weights start as in GPT-2: normal with standard deviation 0.02, divided by sqrt(2 depth) where a branch ends.
 
     Raises:
-        ValueError: sizes that do not fit, an unknown ``norm``, ``qk_norm``, ``placement`` or ``activation``.
+        ValueError: sizes that do not fit, an unknown ``norm``, ``qk_norm``, ``placement`` ``activation`` or ``memory``.
 
     >>> import torch
     >>> model = gpt(256, norm="rms", qk_norm="l2", dim=32, depth=2, block_size=16)
@@ -158,6 +168,7 @@ def gpt(
         final_norm=None if placement == "post" else make_layer(norm, dim),
         tie=tie,
         dropout=dropout,
+        memory=memory,
     )
     if isinstance(norm, str) and norm in available():
         return model

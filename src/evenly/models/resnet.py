@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from evenly.core.recompute import check_memory, saving
 from evenly.models._normed import NormedActivation
 from evenly.models.recipes import Recipe, recipe
 
@@ -38,6 +39,7 @@ class ResNet(nn.Module):
         blocks: residual blocks a stage.
         preactivation: normalize before the convolution (True) or after it (False).
         bias: whether the convolutions have a bias (needed where nothing normalizes after them).
+        memory: ``"normal"`` or ``"low"``; see :func:`resnet`.
     """
 
     def __init__(
@@ -49,8 +51,11 @@ class ResNet(nn.Module):
         blocks: int,
         preactivation: bool,
         bias: bool,
+        memory: str = "normal",
     ) -> None:
         super().__init__()
+        check_memory(memory)
+        self.memory = memory
         if not widths or min(widths) < 1 or blocks < 1:
             raise ValueError(f"widths is {tuple(widths)} and blocks {blocks}, expected at least one of each")
         block = _PreBlock if preactivation else _PostBlock
@@ -74,13 +79,14 @@ class ResNet(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        if self.stem_norm is not None:
-            x = self.stem_norm(x)
-        x = self.blocks(x)
-        if self.last_norm is not None:
-            x = self.last_norm(x)
-        return self.head(x.mean((2, 3)))
+        with saving(self.memory):
+            x = self.stem(x)
+            if self.stem_norm is not None:
+                x = self.stem_norm(x)
+            x = self.blocks(x)
+            if self.last_norm is not None:
+                x = self.last_norm(x)
+            return self.head(x.mean((2, 3)))
 
 
 def resnet(
@@ -91,6 +97,7 @@ def resnet(
     widths: Sequence[int] = (16, 32),
     blocks: int = 1,
     preactivation: bool = False,
+    memory: str = "normal",
 ) -> nn.Module:
     """A small residual network.
 
@@ -102,19 +109,21 @@ def resnet(
         widths: channels of each stage; every stage after the first halves the resolution.
         blocks: residual blocks a stage.
         preactivation: normalization and activation before each convolution instead of after it.
+        memory: ``"normal"``, or ``"low"`` to keep less for the backward pass, with the same gradients: outputs of
+            normalizations are computed again; see :class:`evenly.nn.low_memory`.
 
     Returns:
         A module from (N, in_channels, H, W) to logits (N, num_classes).
 
     Raises:
-        ValueError: an unknown normalization, or no stage.
+        ValueError: an unknown normalization or ``memory``, or no stage.
 
     >>> import torch
     >>> resnet(1, 10, norm="group")(torch.zeros(2, 1, 8, 8)).shape
     torch.Size([2, 10])
     """
     row = recipe(norm)
-    model = ResNet(in_channels, num_classes, row.build, widths, blocks, preactivation, bias=row.layer == "none")
+    model = ResNet(in_channels, num_classes, row.build, widths, blocks, preactivation, row.layer == "none", memory)
     return row.finish(model, torch.zeros(2, in_channels, 8, 8))
 
 

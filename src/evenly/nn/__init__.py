@@ -1,5 +1,6 @@
 """Normalization layers: what ``torch.nn`` has, on one primitive, and what it lacks."""
 
+from evenly.core.recompute import low_memory, recomputed
 from evenly.nn.batchnorm import BatchNorm, FrozenBatchNorm
 from evenly.nn.bcnorm import BCNorm, ChannelActivity, EstBatchNorm, channel_activity, set_moving_speed_
 from evenly.nn.create import available, create
@@ -41,6 +42,8 @@ __all__ = [
     "ProjectedOptimizer",
     "project_",
     "recalibrate_",
+    "low_memory",
+    "recomputed",
     "PowerNorm",
     "PowerNormV",
     "GroupScaling",

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from evenly.core import recompute
 from evenly.core.kernels import reference
 from evenly.core.kernels.lowering import Block, block, dense_order, weight_index
 from evenly.core.kernels.reference import Call, Result
@@ -139,6 +141,19 @@ class Entry(ABC):
         running: tuple[Tensor, Tensor, float] | None = None,
     ) -> Tensor:
         """The output; ``stats``, ``bits`` and ``moments`` are filled, ``running`` moves towards what was measured."""
+
+    def again(
+        self,
+        given: tuple[Tensor | None, Tensor | None],
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        stats: Tensor | None,
+    ) -> Tensor:
+        """The output once more, bit for bit; ``stats`` are what the forward pass kept."""
+        residual = None if residual is None else self.like(residual, x)
+        return self.forward(x, weight, bias, residual, None, None, given)
 
     @abstractmethod
     def backward(
@@ -521,7 +536,10 @@ class _Normalize(torch.autograd.Function):
         if residual is None and not want_stats:
             # the usual call
             ctx.save_for_backward(x, weight, bias, stats)
-            return entry.forward(x, weight, bias, None, stats, None, given, None, running)
+            y = entry.forward(x, weight, bias, None, stats, None, given, None, running)
+            if recompute.watching():
+                _announce(entry, given, y, x, weight, bias, None, stats)
+            return y
         bits = torch.empty(entry.signs, dtype=torch.uint8, device=entry.device) if entry.signs else None
         moments = entry.empty_moments() if want_stats else None
         laid = None if residual is None else entry.like(residual, x)
@@ -529,6 +547,8 @@ class _Normalize(torch.autograd.Function):
         # Recomputing what the activation saw takes the residual; its sign alone is kept as bits.
         keep = residual if entry.activation is not None and bits is None else None
         ctx.save_for_backward(x, weight, bias, stats, keep, bits)
+        if recompute.watching():
+            _announce(entry, given, y, x, weight, bias, residual, stats)
         if moments is None:
             return y
         ctx.set_materialize_grads(False)
@@ -553,6 +573,25 @@ class _Normalize(torch.autograd.Function):
         if dvar is not None:
             dvar = dvar.contiguous()
         return (*entry.backward(dy, x, weight, bias, residual, stats, bits, needs, dmean, dvar), None)
+
+
+def _announce(
+    entry: Entry,
+    given: tuple[Tensor | None, Tensor | None],
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stats: Tensor | None,
+) -> None:
+    """Let the output be computed again in the backward pass rather than kept; see :mod:`evenly.core.recompute`."""
+    mean, var = given
+    # Running statistics may move before the backward pass.
+    given = (None if mean is None else mean.clone(), None if var is None else var.clone())
+    # The sign bits stand for the residual in the backward pass; an activation without bits keeps it.
+    spare = residual if entry.signs or entry.activation is None else None
+    recompute.announce(y, partial(entry.again, given), (x, weight, bias, residual, stats), spare)
 
 
 def _apply_function() -> Any:

@@ -26,7 +26,7 @@ class Cols {
   int forward() {
     if (!parameters()) return NO_MEMORY;
     raw = is_raw(p);
-    const bool measure = !p.given, affects = p.y != nullptr;
+    const bool measure = !p.given && !p.ready, affects = p.y != nullptr;
     const int64_t threads = total < PARALLEL ? 1 : thread_count();
     std::atomic<int> status{OK};
     if (threads == 1 || p.K0 >= 4 * threads) {

@@ -95,6 +95,32 @@ class CpuEntry(Entry):
             raise MemoryError(_NO_MEMORY)
         return y
 
+    def again(
+        self,
+        given: tuple[Tensor | None, Tensor | None],
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        stats: Tensor | None,
+    ) -> Tensor:
+        """The output once more, bit for bit; ``stats`` are what the forward pass kept."""
+        if stats is None:
+            return super().again(given, x, weight, bias, residual, stats)
+        residual = None if residual is None else self.like(residual, x)
+        y = torch.empty_like(x)
+        status = self.layout.again(
+            x.data_ptr(),
+            y.data_ptr(),
+            stats.data_ptr(),
+            0 if weight is None else weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
+        )
+        if status:
+            raise MemoryError(_NO_MEMORY)
+        return y
+
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance, flat."""
         mean, var = self.empty_moments()

@@ -751,7 +751,7 @@ template <class T>
 int forward_of(const Problem& p) {
   Geometry g;
   if (!plan(p, g)) return UNSUPPORTED;
-  if (p.given) use_given<typename Tr<T>::A>(p);
+  if (p.given && !p.ready) use_given<typename Tr<T>::A>(p);
   return g.cols ? Cols<T>(p, g).forward() : Runs<T>(p, g).forward();
 }
 

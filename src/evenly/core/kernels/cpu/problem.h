@@ -23,6 +23,7 @@ struct Problem {
   int act, scale;
   int center;
   int given;   // statistics are given, not measured
+  int ready;   // forward: `stats` is filled already, by an earlier pass
   int relu_bits;  // relu: write (forward) or read (backward) one sign bit an element
   double eps, correction;
 

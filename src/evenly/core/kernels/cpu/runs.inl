@@ -26,7 +26,7 @@ class Runs {
     apply_fn = g.mode == SCALAR ? pick_apply<T, SCALAR>(p.act, p.residual, p.relu_bits)
                                 : pick_apply<T, VECTOR>(p.act, p.residual, p.relu_bits);
     const bool raw = is_raw(p);
-    const bool measure = !p.given;
+    const bool measure = !p.given && !p.ready;
     const bool affects = p.y != nullptr;
     const int64_t threads = total < PARALLEL ? 1 : thread_count();
     if (measure && (threads == 1 || K >= 4 * threads || blocks == 1)) {
