@@ -342,10 +342,8 @@ class _OnlineFunction(torch.autograd.Function):
         ctx.controllers = (ctrl_u, ctrl_v)  # not saved: they move between the passes
         ctx.call = call
         ctx.mark_non_differentiable(mean_after, var_after)
-        if layout.positions == 1:
-            y = shift.view(x.shape).to(x.dtype)
-        else:
-            y = pieces.scale(x, layout.kept, gain, shift, m)
+        single = layout.positions == 1
+        y = shift.view(x.shape).to(x.dtype) if single else pieces.scale(x, layout.kept, gain, shift, m)
         return y, mean_after, var_after
 
     @staticmethod

@@ -571,7 +571,7 @@ class _PowerPass(torch.autograd.Function):
         assert dots is not None
         dots.mul_(inverse)  # sum of dy x̂
         gz = dots if weight is None else dots * weight
-        state.copy_(old + (gz / call.tokens - nu * total * inverse.square()))
+        state.copy_(old + (gz - nu * total * inverse.square()) / call.tokens)
         dweight = dots.to(weight.dtype) if weight is not None and ctx.needs_input_grad[1] else None
         dbias = total_g.to(ctx.bias_dtype) if ctx.bias_dtype is not None and ctx.needs_input_grad[2] else None
         return dx, dweight, dbias, None, None, None
