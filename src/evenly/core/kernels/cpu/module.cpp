@@ -157,26 +157,79 @@ int scan(int dtype, int64_t steps, int64_t width, uintptr_t a, double constant, 
                              at<void>(before), at<void>(last));
 }
 
-int power(int dtype, int64_t rows, int64_t channels, int64_t group, double eps, uintptr_t x, uintptr_t dy,
-          uintptr_t out, uintptr_t a, uintptr_t b, uintptr_t first, uintptr_t second) {
-  const Power p{dtype,        rows,           channels,      group,         eps,
-                at<void>(x),  at<void>(dy),   at<void>(out), at<double>(a), at<double>(b),
-                at<double>(first), at<double>(second)};
+int clip(int dtype, int64_t K0, int64_t R0, int64_t K1, int64_t R1, uintptr_t x, uintptr_t g, uintptr_t m,
+         uintptr_t slope, uintptr_t shift, double limit, uintptr_t out) {
   nb::gil_scoped_release unlocked;
-  expect_large(out, bytes_of(dtype, rows * channels));
-  return dy ? chosen.pieces->power_backward(p) : chosen.pieces->power_forward(p);
+  expect_large(out, bytes_of(dtype, K0 * R0 * K1 * R1));
+  return chosen.pieces->clip({dtype, K0, R0, K1, R1}, at<void>(x), at<void>(g), at<double>(m), at<double>(slope),
+                             at<double>(shift), limit, at<void>(out));
 }
 
-int online(int dtype, int64_t steps, int64_t channels, int64_t group, double alpha_fwd, double alpha_bkw, double eps,
-           double guard_eps, uintptr_t x, uintptr_t dy, uintptr_t out, uintptr_t weight, uintptr_t bias,
-           uintptr_t mean, uintptr_t var, uintptr_t u, uintptr_t v, uintptr_t dweight, uintptr_t dbias) {
-  const Online p{dtype,           steps,          channels,         group,           alpha_fwd,
-                 alpha_bkw,       eps,            guard_eps,        at<void>(x),     at<void>(dy),
-                 at<void>(out),   at<double>(weight), at<double>(bias), at<double>(mean), at<double>(var),
-                 at<double>(u),   at<double>(v),  at<double>(dweight), at<double>(dbias)};
+Power power_of(int dtype, int wdtype, int64_t rows, int64_t channels, int64_t group, double eps, uintptr_t x,
+               uintptr_t out, uintptr_t weight, uintptr_t kept) {
+  Power p{};
+  p.dtype = dtype, p.wdtype = wdtype;
+  p.rows = rows, p.channels = channels, p.group = group, p.eps = eps;
+  p.x = at<void>(x), p.out = at<void>(out), p.weight = at<void>(weight), p.kept = at<double>(kept);
+  expect_large(out, bytes_of(dtype, rows * channels));
+  return p;
+}
+
+int power_forward(int dtype, int wdtype, int64_t rows, int64_t channels, int64_t group, double eps, uintptr_t x,
+                  uintptr_t out, uintptr_t weight, uintptr_t kept, uintptr_t bias, uintptr_t running, uintptr_t before,
+                  uintptr_t steps, int64_t warmup, double alpha_fwd) {
   nb::gil_scoped_release unlocked;
+  Power p = power_of(dtype, wdtype, rows, channels, group, eps, x, out, weight, kept);
+  p.bias = at<void>(bias), p.running = at<void>(running), p.before = at<void>(before);
+  p.steps = at<int64_t>(steps), p.warmup = warmup, p.alpha_fwd = alpha_fwd;
+  return chosen.pieces->power_forward(p);
+}
+
+int power_backward(int dtype, int wdtype, int64_t rows, int64_t channels, int64_t group, double eps, uintptr_t x,
+                   uintptr_t out, uintptr_t weight, uintptr_t kept, uintptr_t dy, uintptr_t state, double rate,
+                   bool batch, uintptr_t dweight, uintptr_t dbias) {
+  nb::gil_scoped_release unlocked;
+  Power p = power_of(dtype, wdtype, rows, channels, group, eps, x, out, weight, kept);
+  p.dy = at<void>(dy), p.state = at<void>(state), p.rate = rate, p.batch = batch;
+  p.dweight = at<void>(dweight), p.dbias = at<void>(dbias);
+  return chosen.pieces->power_backward(p);
+}
+
+Online online_of(int dtype, int wdtype, int64_t steps, int64_t channels, int64_t group, double alpha_fwd,
+                 double alpha_bkw, double eps, double guard_eps, uintptr_t x, uintptr_t out, uintptr_t weight,
+                 uintptr_t bias, uintptr_t kept) {
+  Online p{};
+  p.dtype = dtype, p.wdtype = wdtype;
+  p.steps = steps, p.channels = channels, p.group = group;
+  p.alpha_fwd = alpha_fwd, p.alpha_bkw = alpha_bkw, p.eps = eps, p.guard_eps = guard_eps;
+  p.x = at<void>(x), p.out = at<void>(out), p.weight = at<void>(weight), p.bias = at<void>(bias);
+  p.kept = at<double>(kept);
   expect_large(out, bytes_of(dtype, steps * channels));
-  return dy ? chosen.pieces->online_backward(p) : chosen.pieces->online_forward(p);
+  return p;
+}
+
+int online_forward(int dtype, int wdtype, int64_t steps, int64_t channels, int64_t group, double alpha_fwd,
+                   double alpha_bkw, double eps, double guard_eps, uintptr_t x, uintptr_t out, uintptr_t weight,
+                   uintptr_t bias, uintptr_t kept, uintptr_t mean, uintptr_t var, uintptr_t mean_before,
+                   uintptr_t var_before) {
+  nb::gil_scoped_release unlocked;
+  Online p = online_of(dtype, wdtype, steps, channels, group, alpha_fwd, alpha_bkw, eps, guard_eps, x, out, weight,
+                       bias, kept);
+  p.mean = at<void>(mean), p.var = at<void>(var);
+  p.mean_before = at<void>(mean_before), p.var_before = at<void>(var_before);
+  return chosen.pieces->online_forward(p);
+}
+
+int online_backward(int dtype, int wdtype, int64_t steps, int64_t channels, int64_t group, double alpha_fwd,
+                    double alpha_bkw, double eps, double guard_eps, uintptr_t x, uintptr_t out, uintptr_t weight,
+                    uintptr_t bias, uintptr_t kept, uintptr_t dy, uintptr_t u, uintptr_t v, uintptr_t dweight,
+                    uintptr_t dbias) {
+  nb::gil_scoped_release unlocked;
+  Online p = online_of(dtype, wdtype, steps, channels, group, alpha_fwd, alpha_bkw, eps, guard_eps, x, out, weight,
+                       bias, kept);
+  p.dy = at<void>(dy), p.u = at<void>(u), p.v = at<void>(v);
+  p.dweight = at<void>(dweight), p.dbias = at<void>(dbias);
+  return chosen.pieces->online_backward(p);
 }
 
 }  // namespace
@@ -194,8 +247,11 @@ NB_MODULE(_kernels, m) {
   m.def("sums", &sums);
   m.def("combine", &combine);
   m.def("scan", &scan);
-  m.def("power", &power);
-  m.def("online", &online);
+  m.def("clip", &clip);
+  m.def("power_forward", &power_forward);
+  m.def("power_backward", &power_backward);
+  m.def("online_forward", &online_forward);
+  m.def("online_backward", &online_backward);
   m.def("isa", [] { return std::string(chosen.name); });
   m.def("threads", &thread_count);
   m.def("pool", [] { return std::string(pool_name()); });

@@ -79,6 +79,35 @@ EVENLY_INLINE bool lost(double squares) {
   return sizeof(A) == 4 && (!(squares < 1e38) || squares < 1e-25);
 }
 
+// Numbers of a dtype that is known when they are read.
+inline double number_at(const void* p, int dtype, int64_t i) {
+  switch (dtype) {
+    case F64:
+      return static_cast<const double*>(p)[i];
+    case BF16:
+      return to_double(static_cast<const bf16*>(p)[i]);
+    case F16:
+      return to_double(static_cast<const f16*>(p)[i]);
+    default:
+      return static_cast<const float*>(p)[i];
+  }
+}
+inline void put_number(void* p, int dtype, int64_t i, double v) {
+  switch (dtype) {
+    case F64:
+      static_cast<double*>(p)[i] = v;
+      return;
+    case BF16:
+      static_cast<bf16*>(p)[i] = from_double<bf16>(v);
+      return;
+    case F16:
+      static_cast<f16*>(p)[i] = from_double<f16>(v);
+      return;
+    default:
+      static_cast<float*>(p)[i] = static_cast<float>(v);
+  }
+}
+
 // ---- sums -----------------------------------------------------------------------------------------------------
 
 // Over n contiguous values: squares of x, or g and g*(x - m).
@@ -306,11 +335,25 @@ struct Factors {
   }
 };
 
-template <class T, bool PAIRS>
-int combine_of(const Block& b, const T* x, const T* g, const double* gain, const double* m, const double* slope,
-               const double* shift, T* y) {
+enum { SCALED = 0, COMBINED = 1, CLAMPED = 2, INSIDE = 3 };
+
+template <class T, int MODE>
+EVENLY_INLINE typename Tr<T>::V mapped(typename Tr<T>::V z, const T* g, typename Tr<T>::V gain, typename Tr<T>::V limit,
+                                       int left) {
+  using V = typename Tr<T>::V;
+  if constexpr (MODE == COMBINED) return z + take(g, left) * gain;
+  if constexpr (MODE == CLAMPED) return choose(z > limit, limit, choose(z < -limit, -limit, z));  // NaN stays
+  if constexpr (MODE == INSIDE) return choose((z <= limit) & (z >= -limit), take(g, left), V{});
+  return z;
+}
+
+template <class T, int MODE>
+int map_of(const Block& b, const T* x, const T* g, const double* gain, const double* m, const double* slope,
+           const double* shift, double most, T* y) {
   using A = typename Tr<T>::A;
   using V = typename Tr<T>::V;
+  constexpr bool PAIRS = MODE == COMBINED || MODE == INSIDE;
+  const V limit = splat(static_cast<A>(most));
   const int64_t values = b.K0 * b.R0 * b.K1 * b.R1;
   if (!by_rows(b)) {
     const int64_t runs = b.K0 * b.R0 * b.K1, pieces = ceil_div(b.R1, TASK), items = runs * pieces;
@@ -320,9 +363,8 @@ int combine_of(const Block& b, const T* x, const T* g, const double* gain, const
         const int64_t run = i / pieces, from = (i % pieces) * TASK, at = run * b.R1 + from;
         const Factors<A> f(run / (b.R0 * b.K1) * b.K1 + run % b.K1, gain, m, slope, shift);
         vectors<T>(min_of(TASK, b.R1 - from), [&](int64_t j, int left) EVENLY_EACH {
-          V v = (take(x + at + j, left) - f.m) * f.slope + f.shift;
-          if constexpr (PAIRS) v += take(g + at + j, left) * f.gain;
-          put(y + at + j, v, left);
+          const V z = (take(x + at + j, left) - f.m) * f.slope + f.shift;
+          put(y + at + j, mapped<T, MODE>(z, PAIRS ? g + at + j : nullptr, splat(f.gain), limit, left), left);
         });
       }
     });
@@ -346,9 +388,9 @@ int combine_of(const Block& b, const T* x, const T* g, const double* gain, const
     for (int64_t r = from; r < min_of(all, from + group); ++r) {
       const int64_t at = k0 * l.size + r * P;
       vectors<T>(r < l.rows ? P : l.rest, [&](int64_t j, int left) EVENLY_EACH {
-        V v = (take(x + at + j, left) - take(w + P + j, left)) * take(w + 2 * P + j, left) + take(w + 3 * P + j, left);
-        if constexpr (PAIRS) v += take(g + at + j, left) * take(w + j, left);
-        put(y + at + j, v, left);
+        const V z = (take(x + at + j, left) - take(w + P + j, left)) * take(w + 2 * P + j, left) + take(w + 3 * P + j, left);
+        const V factor = MODE == COMBINED ? take(w + j, left) : V{};
+        put(y + at + j, mapped<T, MODE>(z, PAIRS ? g + at + j : nullptr, factor, limit, left), left);
       });
     }
   });
@@ -383,12 +425,19 @@ template <class T>
 EVENLY_INLINE double inverse_root(const T* x, int64_t n, double eps) {
   using A = typename Tr<T>::A;
   using V = typename Tr<T>::V;
-  V s{};
-  vectors<T>(n, [&](int64_t j, int left) EVENLY_EACH {
-    const V v = take(x + j, left);
-    s += v * v;
+  constexpr int W = Tr<T>::W;
+  V s[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W)
+    for (int to = 0; to < 4; ++to) {
+      const V v = Tr<T>::load(x + i + to * W);
+      s[to] += v * v;
+    }
+  vectors<T>(n - i, [&](int64_t j, int left) EVENLY_EACH {
+    const V v = take(x + i + j, left);
+    s[0] += v * v;
   });
-  double squares = sum_lanes(s);
+  double squares = sum_lanes((s[0] + s[1]) + (s[2] + s[3]));
   // small squares that underflow are nothing beside an ordinary eps
   if (sizeof(A) == 4 && (!(squares < 1e38) || (squares < 1e-25 && eps < 1e-28))) {
     squares = 0;
@@ -399,40 +448,93 @@ EVENLY_INLINE double inverse_root(const T* x, int64_t n, double eps) {
 
 // ---- power normalization --------------------------------------------------------------------------------------
 
-template <class T, bool BACK>
+template <class T>
 class PowerPass {
   using A = typename Tr<T>::A;
   using V = typename Tr<T>::V;
+  static constexpr int MANY = 4;  // rows at a time
 
  public:
   explicit PowerPass(const Power& problem) : p(problem), C(p.channels), size(p.group ? p.group : C), G(C / size) {}
 
-  int run() {
-    Buffer<A> factors;
-    if (!factors.allocate(2 * C)) return NO_MEMORY;
-    for (int64_t j = 0; j < C; ++j) {
-      factors.data[j] = static_cast<A>(p.a ? p.a[j] : 1.0);
-      factors.data[C + j] = static_cast<A>(p.b ? p.b[j] : 0.0);
+  int forward() {
+    if (!prepare()) return NO_MEMORY;
+    double* phi = p.kept;
+    double* total = p.kept + C;
+    const void* source = p.running ? p.running : p.before;
+    for (int64_t j = 0; j < C; ++j) phi[j] = number_at(source, p.wdtype, j);
+    if (p.running) {
+      *p.steps += 1;
+      for (int64_t j = 0; j < C; ++j) put_number(p.before, p.wdtype, j, phi[j]);
     }
-    a = factors.data, b = a + C;
+    if (*p.steps <= p.warmup) {
+      if (const int status = pass<SQUARES>()) return status;
+      for (int64_t j = 0; j < C; ++j) phi[j] = first.data[j] / static_cast<double>(p.rows);
+    }
+    for (int64_t j = 0; j < C; ++j) {
+      factors.data[j] = static_cast<A>(weight_at(j) / std::sqrt(phi[j] + p.eps));
+      factors.data[C + j] = static_cast<A>(p.bias ? number_at(p.bias, p.wdtype, j) : 0.0);
+    }
+    if (const int status = pass<FORWARD>()) return status;
+    for (int64_t j = 0; j < C; ++j) {
+      total[j] = first.data[j];
+      if (!p.running) continue;
+      const double square = total[j] / static_cast<double>(p.rows);
+      double moved = number_at(p.running, p.wdtype, j);
+      if (*p.steps < p.warmup) moved += (square - moved) / static_cast<double>(*p.steps);
+      put_number(p.running, p.wdtype, j, moved + (1 - p.alpha_fwd) * (square - moved));
+    }
+    return OK;
+  }
+
+  int backward() {
+    if (!prepare()) return NO_MEMORY;
+    const double* phi = p.kept;
+    const double* total = p.kept + C;
+    const double n = static_cast<double>(p.rows);
+    for (int64_t j = 0; j < C; ++j) {
+      const double inverse = 1 / std::sqrt(phi[j] + p.eps), back = p.batch ? 1 / std::sqrt(total[j] / n + p.eps) : inverse;
+      factors.data[j] = static_cast<A>(back * weight_at(j));
+      factors.data[C + j] = static_cast<A>(p.rate * number_at(p.state, p.wdtype, j) * inverse * back);
+    }
+    if (const int status = p.out ? pass<BACKWARD>() : pass<PAIRS>()) return status;
+    for (int64_t j = 0; j < C; ++j) {
+      const double inverse = 1 / std::sqrt(phi[j] + p.eps), dot = second.data[j] * inverse;
+      const double old = number_at(p.state, p.wdtype, j);
+      put_number(p.state, p.wdtype, j, old + (dot * weight_at(j) - p.rate * old * total[j] * inverse * inverse) / n);
+      if (p.dweight) put_number(p.dweight, p.wdtype, j, dot);
+      if (p.dbias) put_number(p.dbias, p.wdtype, j, first.data[j]);
+    }
+    return OK;
+  }
+
+ private:
+  enum { SQUARES, FORWARD, PAIRS, BACKWARD };
+
+  const Power& p;
+  int64_t C, size, G;
+  Buffer<A> factors;             // FORWARD: y = z*a + b; BACKWARD: the gradient of z is dy*a - z*b
+  Buffer<double> first, second;  // FORWARD, SQUARES: sum of z²; PAIRS, BACKWARD: sums of dy and of dy*z
+
+  bool prepare() { return factors.allocate(2 * C) && first.allocate(C) && second.allocate(C); }
+  double weight_at(int64_t j) const { return p.weight ? number_at(p.weight, p.wdtype, j) : 1.0; }
+
+  template <int MODE>
+  int pass() const {
     const int64_t values = p.rows * C, parts = max_of(1, min_of(p.rows, min_of(64, values / PARALLEL)));
     Buffer<double> all;
     if (!all.zeros(parts * 2 * C)) return NO_MEMORY;
     std::atomic<int> status{OK};
     spread(values, parts, [&](int64_t part) {
-      Buffer<A> work;  // two sums, a row, and two numbers a group
-      if (!work.zeros(3 * C + 2 * G)) return status.store(NO_MEMORY);
+      Buffer<A> work;  // two sums, and two numbers a group and row
+      if (!work.zeros(2 * C + 2 * MANY * G)) return status.store(NO_MEMORY);
       double* out = all.data + part * 2 * C;
       const int64_t end = (part + 1) * p.rows / parts;
       for (int64_t row = part * p.rows / parts; row < end;) {
         const int64_t until = min_of(end, row + 64);
-        for (; row < until; ++row) {
-          if (p.group)
-            one<true>(row, work.data);
-          else
-            one<false>(row, work.data);
-        }
-        for (int64_t j = 0; j < 2 * C; ++j) {
+        for (; row + MANY <= until; row += MANY) rows_of<MODE, MANY>(row, work.data);
+        for (; row < until; ++row) rows_of<MODE, 1>(row, work.data);
+        for (int64_t j = 0; j < (MODE >= PAIRS ? 2 : 1) * C; ++j) {
           out[j] += static_cast<double>(work.data[j]);
           work.data[j] = 0;
         }
@@ -442,78 +544,76 @@ class PowerPass {
     for (int64_t j = 0; j < C; ++j) {
       double s = 0, q = 0;
       for (int64_t i = 0; i < parts; ++i) s += all.data[i * 2 * C + j], q += all.data[i * 2 * C + C + j];
-      if (p.first) p.first[j] = s;
-      if (BACK && p.second) p.second[j] = q;
+      first.data[j] = s, second.data[j] = q;
     }
     return OK;
   }
 
- private:
-  const Power& p;
-  int64_t C, size, G;
-  const A* a = nullptr;
-  const A* b = nullptr;
+  template <int MODE, int R>
+  void rows_of(int64_t row, A* work) const {
+    if (p.group)
+      rows_of<MODE, R, true>(row, work);
+    else
+      rows_of<MODE, R, false>(row, work);
+  }
 
-  template <bool SCALED>
-  void one(int64_t row, A* work) const {
+  template <int MODE, int R, bool GROUPS>
+  void rows_of(int64_t row, A* work) const {
     const T* x = static_cast<const T*>(p.x) + row * C;
-    T* out = p.out ? static_cast<T*>(p.out) + row * C : nullptr;
-    A* s = work;
-    A* q = work + C;
-    A* dz = work + 2 * C;
-    A* root = work + 3 * C;
-    A* along = root + G;
-    if (SCALED)
-      for (int64_t k = 0; k < G; ++k) root[k] = static_cast<A>(inverse_root(x + k * size, size, p.eps));
+    const T* dy = static_cast<const T*>(p.dy) + (MODE >= PAIRS ? row * C : 0);
+    T* out = static_cast<T*>(p.out) + (p.out ? row * C : 0);
+    const A* a = factors.data;
+    const A* b = a + C;
+    A* root = work + 2 * C;  // [R][G]
+    A* along = root + MANY * G;
+    if constexpr (GROUPS)
+      for (int i = 0; i < R; ++i)
+        for (int64_t k = 0; k < G; ++k)
+          root[i * G + k] = static_cast<A>(inverse_root(x + i * C + k * size, size, p.eps));
     for (int64_t k = 0; k < G; ++k) {
-      const int64_t at = k * size;
-      const A scale = SCALED ? root[k] : A(1);
-      if constexpr (!BACK) {
-        if (out)
-          vectors<T>(size, [&](int64_t i, int left) EVENLY_EACH {
-            const int64_t j = at + i;
-            V z = take(x + j, left);
-            if (SCALED) z *= scale;
-            put(s + j, take(s + j, left) + z * z, left);
-            put(out + j, z * take(a + j, left) + take(b + j, left), left);
-          });
-        else
-          vectors<T>(size, [&](int64_t i, int left) EVENLY_EACH {
-            const int64_t j = at + i;
-            V z = take(x + j, left);
-            if (SCALED) z *= scale;
-            put(s + j, take(s + j, left) + z * z, left);
-          });
-      } else {
-        const T* dy = static_cast<const T*>(p.dy) + row * C;
-        V dots{};
-        vectors<T>(size, [&](int64_t i, int left) EVENLY_EACH {
-          const int64_t j = at + i;
-          V z = take(x + j, left);
-          if (SCALED) z *= scale;
-          const V g = take(dy + j, left);
-          put(s + j, take(s + j, left) + g, left);
-          put(q + j, take(q + j, left) + g * z, left);
-          const V d = g * take(a + j, left) - z * take(b + j, left);
-          if (SCALED) {
-            dots += d * z;
-            put(dz + j, d, left);
-          } else if (out) {
-            put(out + j, d, left);
+      A scale[R];
+      V dots[R] = {};
+      for (int i = 0; i < R; ++i) scale[i] = GROUPS ? root[i * G + k] : A(1);
+      vectors<T>(size, [&](int64_t at, int left) EVENLY_EACH {
+        const int64_t j = k * size + at;
+        V sum{}, pairs{}, one{}, two{};
+        if constexpr (MODE == FORWARD || MODE == BACKWARD) one = take(a + j, left), two = take(b + j, left);
+        for (int i = 0; i < R; ++i) {
+          V z = take(x + i * C + j, left);
+          if constexpr (GROUPS) z *= scale[i];
+          if constexpr (MODE == SQUARES || MODE == FORWARD) sum += z * z;
+          if constexpr (MODE == FORWARD) put(out + i * C + j, z * one + two, left);
+          if constexpr (MODE == PAIRS || MODE == BACKWARD) {
+            const V g = take(dy + i * C + j, left);
+            sum += g;
+            pairs += g * z;
+            if constexpr (MODE == BACKWARD) {
+              const V d = g * one - z * two;
+              if constexpr (GROUPS)
+                dots[i] += d * z;
+              else
+                put(out + i * C + j, d, left);
+            }
+          }
+        }
+        put(work + j, take(work + j, left) + sum, left);
+        if constexpr (MODE >= PAIRS) put(work + C + j, take(work + C + j, left) + pairs, left);
+      });
+      if constexpr (GROUPS && MODE == BACKWARD)
+        for (int i = 0; i < R; ++i) along[i * G + k] = static_cast<A>(sum_lanes(dots[i]) / static_cast<double>(size));
+    }
+    if constexpr (GROUPS && MODE == BACKWARD)  // through group scaling: (d - z * mean of d*z) * scale
+      for (int64_t k = 0; k < G; ++k)
+        vectors<T>(size, [&](int64_t at, int left) EVENLY_EACH {
+          const int64_t j = k * size + at;
+          const V one = take(a + j, left), two = take(b + j, left);
+          for (int i = 0; i < R; ++i) {
+            const A scale = root[i * G + k];
+            const V z = take(x + i * C + j, left) * scale;
+            const V d = take(dy + i * C + j, left) * one - z * (two + along[i * G + k]);
+            put(out + i * C + j, d * scale, left);
           }
         });
-        if (SCALED) along[k] = static_cast<A>(sum_lanes(dots) / static_cast<double>(size));
-      }
-    }
-    if constexpr (BACK && SCALED)
-      if (out)
-        for (int64_t k = 0; k < G; ++k) {
-          const A scale = root[k], back = along[k] * scale;
-          vectors<T>(size, [&](int64_t i, int left) EVENLY_EACH {
-            const int64_t j = k * size + i;
-            put(out + j, (take(dz + j, left) - take(x + j, left) * back) * scale, left);
-          });
-        }
   }
 };
 
@@ -537,6 +637,14 @@ class OnlinePass {
         eps(static_cast<A>(p.eps)) {}
 
   int forward() {
+    const void* mean = p.mean ? p.mean : p.mean_before;
+    const void* var = p.var ? p.var : p.var_before;
+    for (int64_t j = 0; j < C; ++j) p.kept[j] = number_at(mean, p.wdtype, j), p.kept[C + j] = number_at(var, p.wdtype, j);
+    if (p.mean)
+      for (int64_t j = 0; j < C; ++j) {
+        put_number(p.mean_before, p.wdtype, j, p.kept[j]);
+        put_number(p.var_before, p.wdtype, j, p.kept[C + j]);
+      }
     if (!prepare(1)) return NO_MEMORY;
     T* out = static_cast<T*>(p.out);
     for (int64_t from = 0; from < N; from += tile) {
@@ -552,8 +660,10 @@ class OnlinePass {
         }
       });
     }
-    state_to(p.mean, 0);
-    state_to(p.var, 2);
+    if (p.mean) {
+      state_to(p.mean, 0);
+      state_to(p.var, 2);
+    }
     return OK;
   }
 
@@ -567,7 +677,10 @@ class OnlinePass {
         over_rows(from, to, [&](int64_t t) { unguard(dy + t * C, (t - from) * C); });
       spread(N * C, strips, [&](int64_t strip) { control(strip, from, to); });
     }
-    for (int64_t j = 0; j < C; ++j) p.dweight[j] = sums.data[j], p.dbias[j] = sums.data[C + j];
+    for (int64_t j = 0; j < C; ++j) {
+      if (p.dweight) put_number(p.dweight, p.wdtype, j, sums.data[j]);
+      if (p.dbias) put_number(p.dbias, p.wdtype, j, sums.data[C + j]);
+    }
     state_to(p.v, 4);
     state_to(p.u, 6);
     return OK;
@@ -586,28 +699,31 @@ class OnlinePass {
   bool prepare(int64_t many) {
     if (!state.zeros(8 * C) || !affine.allocate(2 * C) || !tiles.allocate(many * tile * C)) return false;
     for (int64_t j = 0; j < C; ++j) {
-      affine.data[j] = static_cast<A>(p.weight ? p.weight[j] : 1.0);
-      affine.data[C + j] = static_cast<A>(p.bias ? p.bias[j] : 0.0);
+      affine.data[j] = static_cast<A>(p.weight ? number_at(p.weight, p.wdtype, j) : 1.0);
+      affine.data[C + j] = static_cast<A>(p.bias ? number_at(p.bias, p.wdtype, j) : 0.0);
     }
-    state_from(p.mean, 0);
-    state_from(p.var, 2);
+    state_from(p.kept, F64, 0);
+    state_from(p.kept + C, F64, 2);
     if (many == 3) {
-      state_from(p.v, 4);
-      state_from(p.u, 6);
+      state_from(p.v, p.wdtype, 4);
+      state_from(p.u, p.wdtype, 6);
     }
     return true;
   }
-  void state_from(const double* from, int64_t slot) {
+  void state_from(const void* from, int dtype, int64_t slot) {
     for (int64_t j = 0; j < C; ++j) {
-      const A high = static_cast<A>(from[j]);
-      const double low = from[j] - static_cast<double>(high);
+      const double exact = number_at(from, dtype, j);
+      const A high = static_cast<A>(exact);
+      const double low = exact - static_cast<double>(high);
       state.data[slot * C + j] = high;
       state.data[(slot + 1) * C + j] = std::isfinite(low) ? static_cast<A>(low) : A(0);
     }
   }
-  void state_to(double* to, int64_t slot) const {
-    for (int64_t j = 0; j < C; ++j)
-      to[j] = static_cast<double>(state.data[slot * C + j]) + static_cast<double>(state.data[(slot + 1) * C + j]);
+  void state_to(void* to, int64_t slot) const {
+    for (int64_t j = 0; j < C; ++j) {
+      const double high = static_cast<double>(state.data[slot * C + j]);
+      put_number(to, p.wdtype, j, high + static_cast<double>(state.data[(slot + 1) * C + j]));
+    }
   }
 
   template <class F>
@@ -752,8 +868,20 @@ int combine(const Block& b, const void* x, const void* g, const double* gain, co
     const T* xs = static_cast<const T*>(x);
     const T* gs = static_cast<const T*>(g);
     T* to = static_cast<T*>(y);
-    return g ? combine_of<T, true>(b, xs, gs, gain, m, slope, shift, to)
-             : combine_of<T, false>(b, xs, gs, gain, m, slope, shift, to);
+    return g ? map_of<T, COMBINED>(b, xs, gs, gain, m, slope, shift, 0, to)
+             : map_of<T, SCALED>(b, xs, gs, gain, m, slope, shift, 0, to);
+  });
+}
+
+int clip(const Block& b, const void* x, const void* g, const double* m, const double* slope, const double* shift,
+         double limit, void* out) {
+  return with_type(b.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T* xs = static_cast<const T*>(x);
+    const T* gs = static_cast<const T*>(g);
+    T* to = static_cast<T*>(out);
+    return g ? map_of<T, INSIDE>(b, xs, gs, nullptr, m, slope, shift, limit, to)
+             : map_of<T, CLAMPED>(b, xs, gs, nullptr, m, slope, shift, limit, to);
   });
 }
 
@@ -769,10 +897,10 @@ int scan(int dtype, int64_t steps, int64_t width, const void* a, double constant
 }
 
 int power_forward(const Power& p) {
-  return with_type(p.dtype, [&](auto* type) { return PowerPass<std::remove_pointer_t<decltype(type)>, false>(p).run(); });
+  return with_type(p.dtype, [&](auto* type) { return PowerPass<std::remove_pointer_t<decltype(type)>>(p).forward(); });
 }
 int power_backward(const Power& p) {
-  return with_type(p.dtype, [&](auto* type) { return PowerPass<std::remove_pointer_t<decltype(type)>, true>(p).run(); });
+  return with_type(p.dtype, [&](auto* type) { return PowerPass<std::remove_pointer_t<decltype(type)>>(p).backward(); });
 }
 int online_forward(const Online& p) {
   return with_type(p.dtype, [&](auto* type) { return OnlinePass<std::remove_pointer_t<decltype(type)>>(p).forward(); });
@@ -785,8 +913,8 @@ int online_backward(const Online& p) {
 }  // namespace EVENLY_ISA
 
 extern const Pieces EVENLY_TABLE;
-const Pieces EVENLY_TABLE = {EVENLY_ISA::sums,          EVENLY_ISA::combine,        EVENLY_ISA::scan,
-                             EVENLY_ISA::power_forward, EVENLY_ISA::power_backward, EVENLY_ISA::online_forward,
-                             EVENLY_ISA::online_backward};
+const Pieces EVENLY_TABLE = {EVENLY_ISA::sums,          EVENLY_ISA::combine,        EVENLY_ISA::clip,
+                             EVENLY_ISA::scan,          EVENLY_ISA::power_forward, EVENLY_ISA::power_backward,
+                             EVENLY_ISA::online_forward, EVENLY_ISA::online_backward};
 
 }  // namespace evenly
