@@ -46,25 +46,42 @@ bool run_block(const Block& b) {
   return p.sums(b, x.data(), nullptr, nullptr, first.data(), nullptr) == OK &&
          p.sums(b, x.data(), g.data(), m.data(), first.data(), second.data()) == OK &&
          p.combine(b, x.data(), nullptr, nullptr, nullptr, slope.data(), nullptr, y.data()) == OK &&
-         p.combine(b, x.data(), g.data(), gain.data(), m.data(), slope.data(), m.data(), y.data()) == OK;
+         p.combine(b, x.data(), g.data(), gain.data(), m.data(), slope.data(), m.data(), y.data()) == OK &&
+         p.clip(b, x.data(), nullptr, m.data(), slope.data(), m.data(), 1.0, y.data()) == OK &&
+         p.clip(b, x.data(), g.data(), nullptr, slope.data(), nullptr, 1.0, y.data()) == OK;
 }
 
 bool run_rows(int dtype, int64_t rows, int64_t channels, int64_t group) {
   const int64_t n = rows * channels;
   auto x = filled(n, dtype), dy = filled(n, dtype), out = filled(n, dtype);
-  auto a = numbers(channels), b = numbers(channels), first = numbers(channels), second = numbers(channels);
-  auto mean = numbers(channels), var = numbers(channels), u = numbers(channels), v = numbers(channels);
-  Power p{dtype, rows, channels, group, 1e-5, x.data(), nullptr, out.data(), a.data(), b.data(), first.data(), nullptr};
-  bool fine = pieces_portable.power_forward(p) == OK;
-  p.dy = dy.data(), p.second = second.data();
-  fine = fine && pieces_portable.power_backward(p) == OK;
+  auto w = filled(channels, dtype), b = filled(channels, dtype), dw = w, db = b;
+  auto one = filled(channels, dtype), two = one, three = one, four = one;
+  auto kept = numbers(2 * channels);
+  bool fine = true;
+  for (int warmup : {0, 5}) {
+    int64_t steps = 0;
+    Power p{};
+    p.dtype = p.wdtype = dtype, p.rows = rows, p.channels = channels, p.group = group, p.eps = 1e-5;
+    p.x = x.data(), p.out = out.data(), p.weight = w.data(), p.bias = b.data(), p.kept = kept.data();
+    p.running = one.data(), p.before = two.data(), p.steps = &steps, p.warmup = warmup, p.alpha_fwd = 0.9;
+    fine = fine && pieces_portable.power_forward(p) == OK;
+    p.running = nullptr;
+    fine = fine && pieces_portable.power_forward(p) == OK && steps == 1;
+    p.dy = dy.data(), p.state = three.data(), p.rate = 0.1, p.batch = warmup > 0;
+    p.dweight = dw.data(), p.dbias = db.data();
+    fine = fine && pieces_portable.power_backward(p) == OK;
+    p.out = nullptr, p.weight = nullptr, p.dweight = nullptr, p.dbias = nullptr;
+    fine = fine && pieces_portable.power_backward(p) == OK;
+  }
   Online o{};
-  o.dtype = dtype, o.steps = rows, o.channels = channels, o.group = group;
+  o.dtype = o.wdtype = dtype, o.steps = rows, o.channels = channels, o.group = group;
   o.alpha_fwd = 0.99, o.alpha_bkw = 0.9, o.eps = 1e-5, o.guard_eps = 1e-5;
-  o.x = x.data(), o.out = out.data(), o.weight = a.data(), o.bias = b.data();
-  o.mean = mean.data(), o.var = var.data();
+  o.x = x.data(), o.out = out.data(), o.weight = w.data(), o.bias = b.data(), o.kept = kept.data();
+  o.mean = one.data(), o.var = two.data(), o.mean_before = three.data(), o.var_before = four.data();
   fine = fine && pieces_portable.online_forward(o) == OK;
-  o.dy = dy.data(), o.u = u.data(), o.v = v.data(), o.dweight = first.data(), o.dbias = second.data();
+  o.dy = dy.data(), o.u = one.data(), o.v = two.data(), o.dweight = dw.data(), o.dbias = db.data();
+  fine = fine && pieces_portable.online_backward(o) == OK;
+  o.out = nullptr, o.weight = nullptr, o.bias = nullptr, o.dweight = nullptr, o.dbias = nullptr;
   return fine && pieces_portable.online_backward(o) == OK;
 }
 

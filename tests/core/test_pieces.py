@@ -111,6 +111,28 @@ class TestEachPiece:
             assert y.shape == x.shape
             torch.testing.assert_close(y.double(), expected.double(), rtol=EXACT[x.dtype], atol=EXACT[x.dtype])
 
+    @given(inputs(), st.booleans())
+    def test_clip(self, case, moved):
+        x, g, kept = case
+        mean, shift = (numbers(x, kept), numbers(x, kept)) if moved else (None, None)
+        slope, limit = numbers(x, kept), 1.3
+        z = x.double() if mean is None else x.double() - spread(mean, x, kept)
+        z = z * spread(slope, x, kept)
+        if shift is not None:
+            z = z + spread(shift, x, kept)
+        y = pieces.clip(x, kept, limit, slope, shift, mean)
+        torch.testing.assert_close(y.double(), z.clamp(-limit, limit), rtol=EXACT[x.dtype], atol=EXACT[x.dtype])
+        back = pieces.clip(x, kept, limit, slope, shift, mean, grad=g)
+        far = (z.abs() - limit).abs() > 1e-5 * (1 + z.abs())  # not at the edge
+        assert torch.equal(back[far], torch.where(z.abs() <= limit, g, torch.zeros_like(g))[far])
+
+    def test_clip_at_the_edges(self):
+        x = torch.tensor([[-2.0, -1.0, 0.0, 1.0, 2.0, float("nan"), float("inf")] * 9])
+        one = torch.ones(1)
+        torch.testing.assert_close(pieces.clip(x, [0], 1.0, one), x.clamp(-1, 1), equal_nan=True)
+        want = ((x >= -1) & (x <= 1)).float()
+        assert torch.equal(pieces.clip(x, [0], 1.0, one, grad=torch.ones_like(x)), want)
+
     @given(st.integers(1, 90), st.sampled_from([1, 2, 7, 130]), st.booleans(), st.booleans(), st.integers(0, 99))
     def test_scan(self, steps, width, constant, single, seed):
         torch.manual_seed(seed)
@@ -169,6 +191,7 @@ LAYERS = {
     "online": lambda c, g, **o: OnlineNorm(c, 0.9, 0.8, **o),
     "online, groups": lambda c, g, **o: OnlineNorm(c, 0.9, 0.8, group_size=c // g, **o),
     "online, no guard": lambda c, g, **o: OnlineNorm(c, 0.9, 0.8, guard="none", **o),
+    "online, clamp": lambda c, g, **o: OnlineNorm(c, 0.9, 0.8, guard="activation_clamping", clamp_value=1.5, **o),
     "online, plain": lambda c, g, **o: OnlineNorm(c, 0.9, 0.8, affine=False, **o),
 }
 

@@ -188,28 +188,43 @@ class OnlineNorm(nn.Module):
         if x.numel() == 0:
             return self._evaluate(x)
         scaling = self.guard == "layer_scaling"
+        layout = _Layout.of(x.shape, self.channel_dim)
+        whole = self._pass(x) if layout.positions == 1 else None
+        if whole is not None:
+            y = _OnlinePass.apply(x, self.weight, self.bias, whole)
+            return y if scaling else self._guard(y)
         call = _Settings(
-            _Layout.of(x.shape, self.channel_dim),
+            layout,
             self.alpha_fwd,
             self.alpha_bkw,
             self.eps,
             self.guard_eps if scaling else None,
             self.num_features if self.group_size == -1 else self.group_size,
+            self.clamp_value if self.guard == "activation_clamping" else None,
         )
         again = recomputing()
         if not again:
             with torch.no_grad():
                 self.mean_before.copy_(self.running_mean)
                 self.var_before.copy_(self.running_var)
-        function = _OnlinePass if call.layout.positions == 1 and pieces.available(x) else _OnlineFunction
-        y, mean, var = function.apply(
+        y, mean, var = _OnlineFunction.apply(
             x, self.weight, self.bias, self.mean_before, self.var_before, self.ctrl_u, self.ctrl_v, call
         )
         if not again:
             with torch.no_grad():
                 self.running_mean.copy_(mean)
                 self.running_var.copy_(var)
-        return y if scaling else self._guard(y)
+        return y
+
+    def _pass(self, x: Tensor) -> pieces.Online | None:
+        """The kernel that is the whole layer but clamping, for an input of one position."""
+        state = (self.running_mean, self.running_var, self.mean_before, self.var_before, self.ctrl_u, self.ctrl_v)
+        if not pieces.fits(x, self.weight, self.bias, *state):
+            return None
+        group = 0
+        if self.guard == "layer_scaling":
+            group = self.num_features if self.group_size == -1 else self.group_size
+        return pieces.Online((self.alpha_fwd, self.alpha_bkw), self.eps, group, self.guard_eps, *state)
 
     def _evaluate(self, x: Tensor) -> Tensor:
         return normalize(
@@ -294,6 +309,7 @@ class _Settings(NamedTuple):
     eps: float
     guard_eps: float | None  # None: no layer scaling
     group_size: int
+    clamp: float | None  # None: no clamp
 
 
 class _OnlineFunction(torch.autograd.Function):
@@ -342,8 +358,13 @@ class _OnlineFunction(torch.autograd.Function):
         ctx.controllers = (ctrl_u, ctrl_v)  # not saved: they move between the passes
         ctx.call = call
         ctx.mark_non_differentiable(mean_after, var_after)
-        single = layout.positions == 1
-        y = shift.view(x.shape).to(x.dtype) if single else pieces.scale(x, layout.kept, gain, shift, m)
+        if layout.positions == 1:
+            y = shift if call.clamp is None else shift.clamp(-call.clamp, call.clamp)
+            y = y.view(x.shape).to(x.dtype)
+        elif call.clamp is not None:
+            y = pieces.clip(x, layout.kept, call.clamp, gain, shift, m)
+        else:
+            y = pieces.scale(x, layout.kept, gain, shift, m)
         return y, mean_after, var_after
 
     @staticmethod
@@ -352,6 +373,12 @@ class _OnlineFunction(torch.autograd.Function):
         x, weight, m, s, inverse, offset, gain, shift, unguard = ctx.saved_tensors
         (bias_dtype,), (ctrl_u, ctrl_v), call = ctx.dtypes, ctx.controllers, ctx.call
         layout, small, rate = call.layout, m.dtype, 1 - call.alpha_bkw
+        if call.clamp is not None:
+            if layout.positions == 1:
+                inside = (shift >= -call.clamp) & (shift <= call.clamp)
+                grad = torch.where(inside.view(grad.shape), grad, torch.zeros_like(grad))
+            else:
+                grad = pieces.clip(x, layout.kept, call.clamp, gain, shift, m, grad=grad)
         if layout.positions == 1:
             mean_g, mean_gd = grad.reshape(m.shape).to(small), torch.zeros_like(m)
         else:
@@ -392,66 +419,24 @@ class _OnlineFunction(torch.autograd.Function):
 
 
 class _OnlinePass(torch.autograd.Function):
-    """:class:`_OnlineFunction` for one position a sample: one loop over the samples each way.
-
-    The backward pass goes through the statistics again beside the controllers, in the same order; nothing but the
-    input and the statistics before it is kept.
-    """
+    """:class:`_OnlineFunction` for one position a sample, with all that moves; it keeps nothing but the input."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
-        ctrl_u: Tensor,
-        ctrl_v: Tensor,
-        call: _Settings,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        mean, var = mean.clone(), var.clone()  # the buffers move on
-        ctx.save_for_backward(x, weight, bias, mean, var)
-        ctx.controllers = (ctrl_u, ctrl_v)  # not saved: they move between the passes
-        ctx.call = call
-        rows = x.reshape(x.shape[0], -1)
-        y, mean_after, var_after = pieces.online(rows, weight, bias, mean, var, *_pass_settings(call))
-        assert y is not None
-        ctx.mark_non_differentiable(mean_after, var_after)
-        return y.view(x.shape), mean_after, var_after
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, whole: pieces.Online) -> Tensor:
+        y, kept = whole.forward(x if x.ndim == 2 else x.flatten(1), weight, bias, again=recomputing())
+        ctx.save_for_backward(x, weight, bias, kept)
+        ctx.whole = whole
+        return y.view(x.shape)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("OnlineNorm")
-        x, weight, bias, mean, var = ctx.saved_tensors
-        ctrl_u, ctrl_v = ctx.controllers
-        u, v = ctrl_u.to(torch.float64, copy=True), ctrl_v.to(torch.float64, copy=True)
-        rows, grad = x.reshape(x.shape[0], -1), grad.reshape(x.shape[0], -1)
-        dx, dweight, dbias = pieces.online(
-            rows,
-            weight,
-            bias,
-            mean,
-            var,
-            *_pass_settings(ctx.call),
-            grad=grad,
-            controllers=(u, v),
-            wanted=ctx.needs_input_grad[0],
-        )
-        ctrl_u.copy_(u)
-        ctrl_v.copy_(v)
-        return (
-            None if dx is None else dx.view(x.shape),
-            None if weight is None else dweight.to(weight.dtype),
-            None if bias is None else dbias.to(bias.dtype),
-            *[None] * 5,
-        )
-
-
-def _pass_settings(call: _Settings) -> tuple[tuple[float, float], float, int, float]:
-    """The settings as :func:`evenly.core.kernels.pieces.online` takes them."""
-    group, guard_eps = (0, 0.0) if call.guard_eps is None else (call.group_size, call.guard_eps)
-    return (call.alpha_fwd, call.alpha_bkw), call.eps, group, guard_eps
+        x, weight, bias, kept = ctx.saved_tensors
+        shape, wanted = x.shape, ctx.needs_input_grad[0]
+        if x.ndim > 2:
+            x, grad = x.flatten(1), grad.flatten(1)
+        dx, dweight, dbias = ctx.whole.backward(grad, x, weight, bias, kept, wanted=wanted)
+        return None if dx is None else dx.view(shape), dweight, dbias, None
 
 
 def _in_groups(values: Tensor, size: int) -> Tensor:

@@ -349,8 +349,9 @@ class PowerNorm(PowerNormV):
     def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
         """Normalize ``x``; tokens where ``pad_mask`` is true are scaled too, and do not count."""
         keep = self._check(x, pad_mask)
-        if self.training and keep is None and not self.sync and self.channel_dim == -1 and pieces.available(x):
-            return self._in_one_pass(x)
+        whole = self._pass(x, keep) if self.training else None
+        if whole is not None:
+            return _PowerPass.apply(x, self.weight, self.bias, whole)
         if self.scaling is not None:
             x = self.scaling(x)
         if not self.training:
@@ -375,26 +376,23 @@ class PowerNorm(PowerNormV):
         )
         return _PowerFunction.apply(x, self.weight, self.bias, phi, phi_back, total, positions, self.ema_gz, call)
 
-    def _in_one_pass(self, x: Tensor) -> Tensor:
-        """Training where nothing is padded or shared: group scaling, scale and sums in one pass each way."""
-        again = recomputing()
-        group = 0 if self.scaling is None else self.num_features // self.group_num
-        tokens = x.numel() // self.num_features
-        with torch.no_grad():
-            if not again:
-                self.iters.add_(1)
-                self.phi_before.copy_(self.running_phi)
-            if self.iters <= self.warmup_iters:
-                phi = pieces.power(x, group, self.eps, wanted=False)[1] / tokens
-            else:
-                phi = self.phi_before.double()
-                phi = phi.clone() if phi is self.phi_before else phi
-        call = _PassSettings(group, self.eps, 1 - self.alpha_bkw, tokens, self.backward_scale == "batch")
-        y, total = _PowerPass.apply(x, self.weight, self.bias, phi, self.ema_gz, call)
-        if not again:
-            with torch.no_grad():
-                self._advance(total / tokens, total.new_ones(()))
-        return y
+    def _pass(self, x: Tensor, keep: Tensor | None) -> pieces.Power | None:
+        """The kernel that is the whole layer, where nothing is padded or shared."""
+        if keep is not None or self.sync or self.channel_dim != -1:
+            return None
+        if not pieces.fits(x, self.weight, self.bias, self.running_phi, self.phi_before, self.ema_gz):
+            return None
+        return pieces.Power(
+            0 if self.scaling is None else self.num_features // self.group_num,
+            self.eps,
+            self.warmup_iters,
+            (self.alpha_fwd, self.alpha_bkw),
+            self.backward_scale == "batch",
+            self.running_phi,
+            self.phi_before,
+            self.iters,
+            self.ema_gz,
+        )
 
     def _advance(self, square: Tensor, count: Tensor) -> None:
         old = self.running_phi.to(square.dtype)
@@ -526,55 +524,23 @@ class _PowerFunction(torch.autograd.Function):
         return dx, dweight, dbias, None, None, None, None, None, None
 
 
-class _PassSettings(NamedTuple):
-    """What the two passes of :class:`_PowerPass` need to know besides tensors."""
-
-    group: int  # channels that are scaled together; 0: no group scaling
-    eps: float
-    rate: float  # 1 - alpha_bkw
-    tokens: int
-    batch: bool  # the backward pass divides by the quadratic mean of the batch
-
-
 class _PowerPass(torch.autograd.Function):
-    """Group scaling and :class:`_PowerFunction` in one; also the sum of squares of each channel after the former."""
+    """Group scaling and :class:`_PowerFunction` in one, with all that moves."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, phi: Tensor, state: Tensor, call: _PassSettings
-    ) -> tuple[Tensor, Tensor]:
-        scale = (phi + call.eps).rsqrt_()
-        if weight is not None:
-            scale.mul_(weight)
-        y, total, _ = pieces.power(x, call.group, call.eps, scale, bias)
-        assert y is not None
-        ctx.save_for_backward(x, weight, phi, total)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.state = state  # not saved: it moves between the passes
-        ctx.call = call
-        ctx.mark_non_differentiable(total)
-        return y, total
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, whole: pieces.Power) -> Tensor:
+        y, kept = whole.forward(x, weight, bias, again=recomputing())
+        ctx.save_for_backward(x, weight, kept)
+        ctx.has_bias = bias is not None
+        ctx.whole = whole
+        return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("PowerNorm")
-        x, weight, phi, total = ctx.saved_tensors
-        call, state = ctx.call, ctx.state
-        inverse = (phi + call.eps).rsqrt_()
-        back = (total / call.tokens + call.eps).rsqrt_() if call.batch else inverse
-        gain = back if weight is None else back * weight
-        old = state.to(phi.dtype)
-        nu = call.rate * old
-        dx, total_g, dots = pieces.power(
-            x, call.group, call.eps, gain, nu * inverse * back, grad=grad, wanted=ctx.needs_input_grad[0]
-        )
-        assert dots is not None
-        dots.mul_(inverse)  # sum of dy x̂
-        gz = dots if weight is None else dots * weight
-        state.copy_(old + (gz - nu * total * inverse.square()) / call.tokens)
-        dweight = dots.to(weight.dtype) if weight is not None and ctx.needs_input_grad[1] else None
-        dbias = total_g.to(ctx.bias_dtype) if ctx.bias_dtype is not None and ctx.needs_input_grad[2] else None
-        return dx, dweight, dbias, None, None, None
+        x, weight, kept = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[0]
+        return *ctx.whole.backward(grad, x, weight, ctx.has_bias, kept, wanted=wanted), None
 
 
 class _AllReduce(torch.autograd.Function):

@@ -5,15 +5,16 @@ does the same with the gradient. These are the passes over values, each one read
 
 - :func:`sums_of_squares`, :math:`\sum x^2`, and :func:`sums_of_pairs`, :math:`\sum g` and :math:`\sum g (x - m)`;
 - :func:`combine`, :math:`g\,a + (x - m)\,b + c`, and :func:`scale`, the same without :math:`g`;
-- :func:`scan`, the recursion :math:`s_t = a_t s_{t-1} + v_t` along the first axis.
+- :func:`scan`, the recursion :math:`s_t = a_t s_{t-1} + v_t` along the first axis;
+- :func:`clip`, the clamp of a scaled value, and its gradient.
 
 The numbers of a statistic are float64 (float32 on devices without it). The axes that keep a statistic of their own
 are given, in rising order, and have the shape of the statistic. PyTorch computes the same on other devices, while
 compiling, under transforms and without the compiled kernels.
 
-Two layers are one pass each way: :func:`power` (rows whose channels are scaled in groups and then by numbers a
-channel, with the sums that power normalization needs) and :func:`online` (online normalization of one value a sample
-and channel). These are only there where :func:`available` says so; the layers are written with the pieces otherwise.
+Two layers are one pass each way, state included: :class:`Power` (power normalization of tokens, group scaling
+included) and :class:`Online` (online normalization of one value a sample and channel). These are only there where
+:func:`fits` says so; the layers are written with the pieces otherwise.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,10 +34,12 @@ from evenly.core.kernels.reference import accumulate_dtype
 from evenly.core.patterns import bind
 
 __all__ = [
+    "Online",
+    "Power",
     "available",
+    "clip",
     "combine",
-    "online",
-    "power",
+    "fits",
     "scale",
     "scan",
     "statistic_dtype",
@@ -136,6 +139,61 @@ def combine(
     return _mapped(g, x, kept, gain, slope, shift, mean)
 
 
+def clip(
+    x: Tensor,
+    kept: Sequence[int],
+    limit: float,
+    slope: Tensor,
+    shift: Tensor | None = None,
+    mean: Tensor | None = None,
+    *,
+    grad: Tensor | None = None,
+) -> Tensor:
+    """``z = (x - mean) * slope + shift`` clamped to ±``limit``; of ``grad``, what passes where z is inside.
+
+    >>> x = torch.tensor([[1.0, 2.0, 3.0]])
+    >>> clip(x, [0], 25.0, torch.tensor([10.0]))
+    tensor([[10., 20., 25.]])
+    >>> clip(x, [0], 25.0, torch.tensor([10.0]), grad=torch.ones_like(x))
+    tensor([[1., 1., 0.]])
+    """
+    x = _dense(x)
+    sizes = _block(x, kept) if grad is None or available(grad) else None
+    if sizes is None:
+        v = x.to(accumulate_dtype(x.dtype))
+        z = _scaled(v, x, kept, slope, shift, mean)
+        if grad is None:
+            return z.clamp(-limit, limit).to(x.dtype)
+        return torch.where((z >= -limit) & (z <= limit), grad, torch.zeros_like(grad))
+    if grad is not None:
+        grad = _laid_like(grad, x)
+    mean, shift, factor = _numbers(mean), _numbers(shift), _numbers(slope)
+    out = torch.empty_like(x)
+    _checked(
+        _kernels().clip(
+            DTYPES[x.dtype],
+            *sizes,
+            x.data_ptr(),
+            _at(grad),
+            _at(mean),
+            _at(factor),
+            _at(shift),
+            limit,
+            out.data_ptr(),
+        )
+    )
+    return out
+
+
+def _scaled(
+    v: Tensor, x: Tensor, kept: Sequence[int], slope: Tensor, shift: Tensor | None, mean: Tensor | None
+) -> Tensor:
+    if mean is not None:
+        v = v - _spread(mean, x, kept)
+    v = v * _spread(slope, x, kept)
+    return v if shift is None else v + _spread(shift, x, kept)
+
+
 def _mapped(
     g: Tensor | None,
     x: Tensor,
@@ -148,12 +206,7 @@ def _mapped(
     x = _dense(x)
     sizes = _block(x, kept) if g is None or available(g) else None
     if sizes is None:
-        v = x.to(accumulate_dtype(x.dtype))
-        if mean is not None:
-            v = v - _spread(mean, x, kept)
-        v = v * _spread(slope, x, kept)
-        if shift is not None:
-            v = v + _spread(shift, x, kept)
+        v = _scaled(x.to(accumulate_dtype(x.dtype)), x, kept, slope, shift, mean)
         if g is not None and gain is not None:
             v = v + g.to(v.dtype) * _spread(gain, x, kept)
         return v.to(x.dtype)
@@ -253,125 +306,189 @@ _powers = functools.lru_cache(maxsize=256)(_fresh_powers)
 # ---- layers in one pass ---------------------------------------------------------------------------------------------
 
 
-def power(
-    x: Tensor,
-    group: int,
-    eps: float,
-    gain: Tensor | None = None,
-    shift: Tensor | None = None,
-    *,
-    grad: Tensor | None = None,
-    wanted: bool = True,
-) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """Rows of channels, scaled in groups, then by numbers a channel; or the gradient of that.
+def fits(x: Tensor, *numbers: Tensor | None) -> bool:
+    """Whether a layer's parameters and buffers can be read and moved by the kernels, beside an input."""
+    dtypes = set()
+    for t in numbers:
+        if t is not None:
+            if type(t) not in _PLAIN or t.device.type != "cpu" or not t.is_contiguous():
+                return False
+            dtypes.add(t.dtype)
+    return len(dtypes) == 1 and dtypes <= DTYPES.keys() and available(x)
 
-    With ``z = x / sqrt(mean of x² over the group + eps)``, or ``z = x`` where ``group`` is 0:
 
-    - without ``grad``: ``z * gain + shift``, and the sum of ``z²`` for each channel;
-    - with it: the gradient of the input, where that of ``z`` is ``grad * gain - z * shift``, and the sums of ``grad``
-      and of ``grad * z`` for each channel.
+class Power(NamedTuple):
+    """Power normalization of (..., C) in one pass each way, on tensors that :func:`fits` allows.
 
-    Args:
-        x: (..., C), on which :func:`available` is true.
-        group: channels that are scaled together; 0: none are.
-        eps: added to the mean square of a group.
-        gain, shift: (C,); none: 1 and 0.
-        grad: the gradient of the output.
-        wanted: false: only the sums.
+    With ``z = x / sqrt(mean of x² over the group + eps)``, or ``z = x`` where ``group`` is 0, and the running mean
+    square ``phi`` of ``z``: :meth:`forward` gives ``z / sqrt(phi + eps) * weight + bias`` and moves ``running`` and
+    ``steps``; :meth:`backward` gives the gradients and moves ``state``.
+
+    Attributes:
+        group: channels of a row that are scaled together; 0: none are.
+        eps: added to mean squares.
+        warmup: steps that divide by the mean square of the batch.
+        decays: of the running mean square and of the running gradient term.
+        batch: whether the backward pass divides by the mean square of the batch.
+        running, before: the running mean square, and what it was before the last pass.
+        steps: how many there were, int64.
+        state: the running gradient term, over 1 - its decay.
     """
-    channels = x.shape[-1]
-    x = x if x.is_contiguous() else x.contiguous()
-    first = torch.empty(channels, dtype=torch.float64)
-    second = None
-    if grad is not None:
-        grad = _laid_like(grad, x)
-        second = torch.empty_like(first)
-    out = torch.empty_like(x) if wanted else None
-    gain, shift = _numbers(gain), _numbers(shift)
-    _checked(
-        _kernels().power(
-            DTYPES[x.dtype],
-            x.numel() // channels,
-            channels,
-            group,
-            eps,
-            x.data_ptr(),
-            _at(grad),
-            _at(out),
-            _at(gain),
-            _at(shift),
-            first.data_ptr(),
-            _at(second),
+
+    group: int
+    eps: float
+    warmup: int
+    decays: tuple[float, float]
+    batch: bool
+    running: Tensor
+    before: Tensor
+    steps: Tensor
+    state: Tensor
+
+    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, *, again: bool) -> tuple[Tensor, Tensor]:
+        """The output, and what the backward pass needs; ``again``: a pass is recomputed, and moves nothing."""
+        x = x.contiguous()
+        channels = x.shape[-1]
+        y, kept = torch.empty_like(x), torch.empty(2, channels, dtype=torch.float64)
+        _checked(
+            _kernels().power_forward(
+                DTYPES[x.dtype],
+                DTYPES[self.running.dtype],
+                x.numel() // channels,
+                channels,
+                self.group,
+                self.eps,
+                x.data_ptr(),
+                y.data_ptr(),
+                _at(weight),
+                kept.data_ptr(),
+                _at(bias),
+                0 if again else self.running.data_ptr(),
+                self.before.data_ptr(),
+                self.steps.data_ptr(),
+                self.warmup,
+                self.decays[0],
+            )
         )
-    )
-    return out, first, second
+        return y, kept
+
+    def backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor | None, bias: bool, kept: Tensor, *, wanted: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients of input, weight and bias; ``wanted``: that of the input is needed."""
+        x = x.contiguous()
+        channels = x.shape[-1]
+        grad = _laid_like(grad, x)
+        dx = torch.empty_like(x) if wanted else None
+        dweight = None if weight is None else torch.empty_like(weight)
+        dbias = torch.empty_like(self.running) if bias else None
+        _checked(
+            _kernels().power_backward(
+                DTYPES[x.dtype],
+                DTYPES[self.running.dtype],
+                x.numel() // channels,
+                channels,
+                self.group,
+                self.eps,
+                x.data_ptr(),
+                _at(dx),
+                _at(weight),
+                kept.data_ptr(),
+                grad.data_ptr(),
+                self.state.data_ptr(),
+                1 - self.decays[1],
+                self.batch,
+                _at(dweight),
+                _at(dbias),
+            )
+        )
+        return dx, dweight, dbias
 
 
-def online(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    decays: tuple[float, float],
-    eps: float,
-    group: int,
-    guard_eps: float,
-    *,
-    grad: Tensor | None = None,
-    controllers: tuple[Tensor, Tensor] | None = None,
-    wanted: bool = True,
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Online normalization of one value a sample and channel, with its layer scaling; or the gradient of that.
+class Online(NamedTuple):
+    """Online normalization of (N, C) with its layer scaling in one loop over the samples each way.
 
-    Without ``grad``: the output, and mean and variance after the last sample. With it: the gradients of input, weight
-    and bias; the controllers are moved.
+    On tensors that :func:`fits` allows. :meth:`forward` moves ``mean`` and ``var``, :meth:`backward` the controllers
+    ``u`` and ``v``; it goes through the statistics again, in the same order.
 
-    Args:
-        x: (N, C), on which :func:`available` is true.
-        weight, bias: (C,) or none.
-        mean, var: (C,), before the first sample, also with ``grad``.
+    Attributes:
         decays: of the statistics and of the controllers.
-        eps, guard_eps: added to the variance, and to the mean square of layer scaling.
+        eps: added to the variance.
         group: channels that layer scaling scales together; 0: no layer scaling.
-        grad: the gradient of the output.
-        controllers: u and v, float64, (C,).
-        wanted: false: no gradient of the input.
+        guard_eps: added to the mean square of layer scaling.
+        mean, var: the statistics.
+        mean_before, var_before: what they were before the last pass.
+        u, v: the controllers.
     """
-    x = x if x.is_contiguous() else x.contiguous()
-    weight, bias = _numbers(weight), _numbers(bias)
-    mean, var = (t.to(torch.float64, copy=True, memory_format=torch.contiguous_format) for t in (mean, var))
-    out = torch.empty_like(x) if wanted else None
-    first, second, u, v = None, None, None, None
-    if grad is not None:
-        assert controllers is not None
-        grad = _laid_like(grad, x)
-        first, second = torch.empty_like(mean), torch.empty_like(mean)
-        u, v = controllers
-    _checked(
-        _kernels().online(
-            DTYPES[x.dtype],
-            *x.shape,
-            group,
-            *decays,
-            eps,
-            guard_eps,
-            x.data_ptr(),
-            _at(grad),
-            _at(out),
-            _at(weight),
-            _at(bias),
-            mean.data_ptr(),
-            var.data_ptr(),
-            _at(u),
-            _at(v),
-            _at(first),
-            _at(second),
+
+    decays: tuple[float, float]
+    eps: float
+    group: int
+    guard_eps: float
+    mean: Tensor
+    var: Tensor
+    mean_before: Tensor
+    var_before: Tensor
+    u: Tensor
+    v: Tensor
+
+    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, *, again: bool) -> tuple[Tensor, Tensor]:
+        """The output, and what the backward pass needs; ``again``: a pass is recomputed, and moves nothing."""
+        x = x.contiguous()
+        y, kept = torch.empty_like(x), torch.empty(2, x.shape[1], dtype=torch.float64)
+        _checked(
+            _kernels().online_forward(
+                DTYPES[x.dtype],
+                DTYPES[self.mean.dtype],
+                *x.shape,
+                self.group,
+                *self.decays,
+                self.eps,
+                self.guard_eps,
+                x.data_ptr(),
+                y.data_ptr(),
+                _at(weight),
+                _at(bias),
+                kept.data_ptr(),
+                0 if again else self.mean.data_ptr(),
+                0 if again else self.var.data_ptr(),
+                self.mean_before.data_ptr(),
+                self.var_before.data_ptr(),
+            )
         )
-    )
-    if first is not None and second is not None:
-        return out, first, second
-    return out, mean, var
+        return y, kept
+
+    def backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, kept: Tensor, *, wanted: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients of input, weight and bias; ``wanted``: that of the input is needed."""
+        x = x.contiguous()
+        grad = _laid_like(grad, x)
+        dx = torch.empty_like(x) if wanted else None
+        dweight = None if weight is None else torch.empty_like(weight)
+        dbias = None if bias is None else torch.empty_like(bias)
+        _checked(
+            _kernels().online_backward(
+                DTYPES[x.dtype],
+                DTYPES[self.mean.dtype],
+                *x.shape,
+                self.group,
+                *self.decays,
+                self.eps,
+                self.guard_eps,
+                x.data_ptr(),
+                _at(dx),
+                _at(weight),
+                _at(bias),
+                kept.data_ptr(),
+                grad.data_ptr(),
+                self.u.data_ptr(),
+                self.v.data_ptr(),
+                _at(dweight),
+                _at(dbias),
+            )
+        )
+        return dx, dweight, dbias
 
 
 # ---- helpers --------------------------------------------------------------------------------------------------------
