@@ -70,6 +70,9 @@ bool run_rows(int dtype, int64_t rows, int64_t channels, int64_t group) {
     p.dy = dy.data(), p.state = three.data(), p.rate = 0.1, p.batch = warmup > 0;
     p.dweight = dw.data(), p.dbias = db.data();
     fine = fine && pieces_portable.power_backward(p) == OK;
+    p.exact = 1, p.batch = 0, p.state = nullptr;
+    fine = fine && pieces_portable.power_backward(p) == OK && pieces_portable.power_forward(p) == OK;
+    p.exact = 0, p.state = three.data();
     p.out = nullptr, p.weight = nullptr, p.dweight = nullptr, p.dbias = nullptr;
     fine = fine && pieces_portable.power_backward(p) == OK;
   }

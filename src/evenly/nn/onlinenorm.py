@@ -53,6 +53,7 @@ from evenly.nn.norm import check_axis, recomputing, refuse_second_derivative
 __all__ = ["OnlineNorm", "OnlineNorm1d", "OnlineNorm2d", "OnlineNorm3d"]
 
 Guard = Literal["layer_scaling", "activation_clamping", "none"]
+_STATE = ("running_mean", "running_var", "mean_before", "var_before", "ctrl_u", "ctrl_v")
 _GUARDS = ("layer_scaling", "activation_clamping", "none")
 
 
@@ -188,13 +189,12 @@ class OnlineNorm(nn.Module):
         if x.numel() == 0:
             return self._evaluate(x)
         scaling = self.guard == "layer_scaling"
-        layout = _Layout.of(x.shape, self.channel_dim)
-        whole = self._pass(x) if layout.positions == 1 else None
+        whole = self._pass(x) if x.numel() == x.shape[0] * self.num_features else None
         if whole is not None:
             y = _OnlinePass.apply(x, self.weight, self.bias, whole)
             return y if scaling else self._guard(y)
         call = _Settings(
-            layout,
+            _Layout.of(x.shape, self.channel_dim),
             self.alpha_fwd,
             self.alpha_bkw,
             self.eps,
@@ -218,13 +218,14 @@ class OnlineNorm(nn.Module):
 
     def _pass(self, x: Tensor) -> pieces.Online | None:
         """The kernel that is the whole layer but clamping, for an input of one position."""
-        state = (self.running_mean, self.running_var, self.mean_before, self.var_before, self.ctrl_u, self.ctrl_v)
-        if not pieces.fits(x, self.weight, self.bias, *state):
+        buffers = self._buffers  # attributes of a module are slow to look up
+        state = [buffers[name] for name in _STATE]
+        if not pieces.fits(x, self._parameters["weight"], self._parameters["bias"], *state):
             return None
         group = 0
         if self.guard == "layer_scaling":
             group = self.num_features if self.group_size == -1 else self.group_size
-        return pieces.Online((self.alpha_fwd, self.alpha_bkw), self.eps, group, self.guard_eps, *state)
+        return pieces.Online((self.alpha_fwd, self.alpha_bkw), self.eps, group, self.guard_eps, *state)  # type: ignore[arg-type]
 
     def _evaluate(self, x: Tensor) -> Tensor:
         return normalize(

@@ -161,23 +161,9 @@ class PowerNormV(nn.Module):
         keep = self._check(x, pad_mask)
         if not self.training:
             return self._scale_by(x, self.running_phi)
-        if keep is None and not self.sync and x.numel():
-            y, (_, square, _) = normalize(
-                x,
-                self.pattern,
-                center=False,
-                scale="rms",
-                eps=self.eps,
-                weight=self.weight,
-                bias=self.bias,
-                affine="c",
-                return_stats=True,
-            )
-            if not recomputing():
-                with torch.no_grad():
-                    self.iters.add_(1)
-                    self.running_phi.lerp_(square.to(self.running_phi.dtype), 1 - self.alpha_fwd)
-            return y
+        whole = self._pass(x, keep)
+        if whole is not None:
+            return _PowerPass.apply(x, self.weight, self.bias, whole)
         square, count = self._mean_square(x, keep)
         with torch.no_grad():
             if not recomputing():
@@ -185,6 +171,23 @@ class PowerNormV(nn.Module):
                 new = self.running_phi + (1 - self.alpha_fwd) * (square - self.running_phi)
                 self.running_phi.copy_(torch.where(count > 0, new, self.running_phi))
         return self._scale_by(x, square)
+
+    def _pass(self, x: Tensor, keep: Tensor | None) -> pieces.Power | None:
+        """The kernel that is the whole layer, where nothing is padded or shared and channels are last."""
+        if keep is not None or self.sync or self.channel_dim != -1:
+            return None
+        # attributes of a module are slow to look up
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        buffers = self._buffers
+        running, steps = buffers["running_phi"], buffers["iters"]
+        before, state = buffers.get("phi_before"), buffers.get("ema_gz")
+        assert running is not None and steps is not None
+        if not pieces.fits(x, weight, bias, running, before, state):
+            return None
+        return pieces.Power(*self._pass_settings(), running, steps, before, state)
+
+    def _pass_settings(self) -> tuple[int, float, bool, int, tuple[float, float], bool]:
+        return 0, self.eps, True, 0, (self.alpha_fwd, 1.0), False
 
     def _check(self, x: Tensor, pad_mask: Tensor | None) -> Tensor | None:
         """The tokens that count, broadcastable to ``x``, or None for all."""
@@ -376,23 +379,10 @@ class PowerNorm(PowerNormV):
         )
         return _PowerFunction.apply(x, self.weight, self.bias, phi, phi_back, total, positions, self.ema_gz, call)
 
-    def _pass(self, x: Tensor, keep: Tensor | None) -> pieces.Power | None:
-        """The kernel that is the whole layer, where nothing is padded or shared."""
-        if keep is not None or self.sync or self.channel_dim != -1:
-            return None
-        if not pieces.fits(x, self.weight, self.bias, self.running_phi, self.phi_before, self.ema_gz):
-            return None
-        return pieces.Power(
-            0 if self.scaling is None else self.num_features // self.group_num,
-            self.eps,
-            self.warmup_iters,
-            (self.alpha_fwd, self.alpha_bkw),
-            self.backward_scale == "batch",
-            self.running_phi,
-            self.phi_before,
-            self.iters,
-            self.ema_gz,
-        )
+    def _pass_settings(self) -> tuple[int, float, bool, int, tuple[float, float], bool]:
+        group = 0 if self.scaling is None else self.num_features // self.group_num
+        decays = (self.alpha_fwd, self.alpha_bkw)
+        return group, self.eps, False, self.warmup_iters, decays, self.backward_scale == "batch"
 
     def _advance(self, square: Tensor, count: Tensor) -> None:
         old = self.running_phi.to(square.dtype)
@@ -530,17 +520,30 @@ class _PowerPass(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, whole: pieces.Power) -> Tensor:
         y, kept = whole.forward(x, weight, bias, again=recomputing())
-        ctx.save_for_backward(x, weight, kept)
-        ctx.has_bias = bias is not None
+        ctx.save_for_backward(x, weight, bias, kept)
         ctx.whole = whole
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, kept = ctx.saved_tensors
+        whole, wanted = ctx.whole, ctx.needs_input_grad
+        if whole.exact and torch.is_grad_enabled():
+            return *_exact_gradient(grad, x, weight, bias, whole.eps, wanted), None
         refuse_second_derivative("PowerNorm")
-        x, weight, kept = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[0]
-        return *ctx.whole.backward(grad, x, weight, ctx.has_bias, kept, wanted=wanted), None
+        return *whole.backward(grad, x, weight, bias is not None, kept, wanted=wanted[0]), None
+
+
+def _exact_gradient(
+    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, needed: tuple[bool, ...]
+) -> list[Tensor | None]:
+    """The gradient of PN-V as a function that has one itself."""
+    y = normalize(x, "... c -> c", center=False, scale="rms", eps=eps, weight=weight, bias=bias, affine="c")
+    inputs = [t for t, needs in zip((x, weight, bias), needed, strict=False) if needs and t is not None]
+    found = iter(torch.autograd.grad(y, inputs, grad, create_graph=True))
+    return [
+        next(found) if needs and t is not None else None for t, needs in zip((x, weight, bias), needed, strict=False)
+    ]
 
 
 class _AllReduce(torch.autograd.Function):

@@ -308,13 +308,15 @@ _powers = functools.lru_cache(maxsize=256)(_fresh_powers)
 
 def fits(x: Tensor, *numbers: Tensor | None) -> bool:
     """Whether a layer's parameters and buffers can be read and moved by the kernels, beside an input."""
-    dtypes = set()
+    if not available(x):
+        return False
+    dtype = None
     for t in numbers:
         if t is not None:
-            if type(t) not in _PLAIN or t.device.type != "cpu" or not t.is_contiguous():
+            dtype = dtype or t.dtype
+            if t.dtype is not dtype or type(t) not in _PLAIN or not t.is_cpu or not t.is_contiguous():
                 return False
-            dtypes.add(t.dtype)
-    return len(dtypes) == 1 and dtypes <= DTYPES.keys() and available(x)
+    return dtype in DTYPES
 
 
 class Power(NamedTuple):
@@ -327,23 +329,27 @@ class Power(NamedTuple):
     Attributes:
         group: channels of a row that are scaled together; 0: none are.
         eps: added to mean squares.
+        exact: divide by the mean square of the batch always, with the exact gradient of that; of the rest, only
+            ``decays[0]``, ``running`` and ``steps`` are then used.
         warmup: steps that divide by the mean square of the batch.
         decays: of the running mean square and of the running gradient term.
         batch: whether the backward pass divides by the mean square of the batch.
-        running, before: the running mean square, and what it was before the last pass.
+        running: the running mean square.
         steps: how many there were, int64.
+        before: the running mean square before the last pass.
         state: the running gradient term, over 1 - its decay.
     """
 
     group: int
     eps: float
+    exact: bool
     warmup: int
     decays: tuple[float, float]
     batch: bool
     running: Tensor
-    before: Tensor
     steps: Tensor
-    state: Tensor
+    before: Tensor | None = None
+    state: Tensor | None = None
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, *, again: bool) -> tuple[Tensor, Tensor]:
         """The output, and what the backward pass needs; ``again``: a pass is recomputed, and moves nothing."""
@@ -358,13 +364,14 @@ class Power(NamedTuple):
                 channels,
                 self.group,
                 self.eps,
+                self.exact,
                 x.data_ptr(),
                 y.data_ptr(),
                 _at(weight),
                 kept.data_ptr(),
                 _at(bias),
                 0 if again else self.running.data_ptr(),
-                self.before.data_ptr(),
+                _at(self.before),
                 self.steps.data_ptr(),
                 self.warmup,
                 self.decays[0],
@@ -390,12 +397,13 @@ class Power(NamedTuple):
                 channels,
                 self.group,
                 self.eps,
+                self.exact,
                 x.data_ptr(),
                 _at(dx),
                 _at(weight),
                 kept.data_ptr(),
                 grad.data_ptr(),
-                self.state.data_ptr(),
+                _at(self.state),
                 1 - self.decays[1],
                 self.batch,
                 _at(dweight),

@@ -165,31 +165,31 @@ int clip(int dtype, int64_t K0, int64_t R0, int64_t K1, int64_t R1, uintptr_t x,
                              at<double>(shift), limit, at<void>(out));
 }
 
-Power power_of(int dtype, int wdtype, int64_t rows, int64_t channels, int64_t group, double eps, uintptr_t x,
-               uintptr_t out, uintptr_t weight, uintptr_t kept) {
+Power power_of(int dtype, int wdtype, int64_t rows, int64_t channels, int64_t group, double eps, bool exact,
+               uintptr_t x, uintptr_t out, uintptr_t weight, uintptr_t kept) {
   Power p{};
   p.dtype = dtype, p.wdtype = wdtype;
-  p.rows = rows, p.channels = channels, p.group = group, p.eps = eps;
+  p.rows = rows, p.channels = channels, p.group = group, p.eps = eps, p.exact = exact;
   p.x = at<void>(x), p.out = at<void>(out), p.weight = at<void>(weight), p.kept = at<double>(kept);
   expect_large(out, bytes_of(dtype, rows * channels));
   return p;
 }
 
-int power_forward(int dtype, int wdtype, int64_t rows, int64_t channels, int64_t group, double eps, uintptr_t x,
-                  uintptr_t out, uintptr_t weight, uintptr_t kept, uintptr_t bias, uintptr_t running, uintptr_t before,
+int power_forward(int dtype, int wdtype, int64_t rows, int64_t channels, int64_t group, double eps, bool exact,
+                  uintptr_t x, uintptr_t out, uintptr_t weight, uintptr_t kept, uintptr_t bias, uintptr_t running, uintptr_t before,
                   uintptr_t steps, int64_t warmup, double alpha_fwd) {
   nb::gil_scoped_release unlocked;
-  Power p = power_of(dtype, wdtype, rows, channels, group, eps, x, out, weight, kept);
+  Power p = power_of(dtype, wdtype, rows, channels, group, eps, exact, x, out, weight, kept);
   p.bias = at<void>(bias), p.running = at<void>(running), p.before = at<void>(before);
   p.steps = at<int64_t>(steps), p.warmup = warmup, p.alpha_fwd = alpha_fwd;
   return chosen.pieces->power_forward(p);
 }
 
-int power_backward(int dtype, int wdtype, int64_t rows, int64_t channels, int64_t group, double eps, uintptr_t x,
-                   uintptr_t out, uintptr_t weight, uintptr_t kept, uintptr_t dy, uintptr_t state, double rate,
+int power_backward(int dtype, int wdtype, int64_t rows, int64_t channels, int64_t group, double eps, bool exact,
+                   uintptr_t x, uintptr_t out, uintptr_t weight, uintptr_t kept, uintptr_t dy, uintptr_t state, double rate,
                    bool batch, uintptr_t dweight, uintptr_t dbias) {
   nb::gil_scoped_release unlocked;
-  Power p = power_of(dtype, wdtype, rows, channels, group, eps, x, out, weight, kept);
+  Power p = power_of(dtype, wdtype, rows, channels, group, eps, exact, x, out, weight, kept);
   p.dy = at<void>(dy), p.state = at<void>(state), p.rate = rate, p.batch = batch;
   p.dweight = at<void>(dweight), p.dbias = at<void>(dbias);
   return chosen.pieces->power_backward(p);

@@ -22,14 +22,15 @@ struct Power {
   void* out;                         // y; backward: dx, may be null
   const void *weight, *bias;         // [channels], may be null
   double* kept;                      // [2][channels]: the mean square by which z is divided, and the sum of z²
+  int exact;                         // divide by the mean square of the batch, with the gradient of that
   // forward
   void* running;                     // the running mean square; null: a pass that is made again
-  void* before;                      // what it was before the pass
+  void* before;                      // what it was before the pass; exact: not used
   int64_t* steps;                    // so far; moved where running is
   int64_t warmup;                    // steps that divide by the mean square of the batch
   double alpha_fwd;
   // backward
-  void* state;                       // the running gradient term / rate
+  void* state;                       // the running gradient term / rate; exact: not used
   double rate;
   int batch;                         // divide by the mean square of the batch
   void *dweight, *dbias;             // may be null

@@ -73,6 +73,23 @@ EVENLY_INLINE vd root_of(vd v) {
 #endif
 }
 
+// 1 / sqrt(v). Float: the processor's estimate and a third-order correction, within 1 or 2 units in the last place.
+EVENLY_INLINE vd inverse_root(vd v) { return 1 / root_of(v); }
+EVENLY_INLINE vf inverse_root(vf v) {
+#if defined(__AVX512F__)
+  const vf r = as<vf>(_mm512_rsqrt14_ps(as<__m512>(v)));
+#elif defined(__AVX__)
+  const vf r = as<vf>(_mm256_rsqrt_ps(as<__m256>(v)));
+#else
+  return 1 / root_of(v);
+#endif
+#if defined(__AVX__)
+  if (pack_lanes(~((v > 1e-30f) & (v < 1e30f)))) return 1 / root_of(v);
+  const vf h = 1 - (v * r) * r;
+  return r + (r * h) * (0.5f + 0.375f * h);
+#endif
+}
+
 // Float cannot hold this sum of squares: too large, or so small that squares have underflowed.
 template <class A>
 EVENLY_INLINE bool lost(double squares) {
@@ -422,7 +439,7 @@ int scan_of(int64_t steps, int64_t width, const S* a, double constant, const S* 
 
 // 1 / sqrt(mean square + eps) of a group.
 template <class T>
-EVENLY_INLINE double inverse_root(const T* x, int64_t n, double eps) {
+EVENLY_INLINE double group_scale(const T* x, int64_t n, double eps) {
   using A = typename Tr<T>::A;
   using V = typename Tr<T>::V;
   constexpr int W = Tr<T>::W;
@@ -461,13 +478,14 @@ class PowerPass {
     if (!prepare()) return NO_MEMORY;
     double* phi = p.kept;
     double* total = p.kept + C;
-    const void* source = p.running ? p.running : p.before;
-    for (int64_t j = 0; j < C; ++j) phi[j] = number_at(source, p.wdtype, j);
-    if (p.running) {
-      *p.steps += 1;
-      for (int64_t j = 0; j < C; ++j) put_number(p.before, p.wdtype, j, phi[j]);
+    if (p.running) *p.steps += 1;
+    if (!p.exact) {
+      const void* source = p.running ? p.running : p.before;
+      for (int64_t j = 0; j < C; ++j) phi[j] = number_at(source, p.wdtype, j);
+      if (p.running)
+        for (int64_t j = 0; j < C; ++j) put_number(p.before, p.wdtype, j, phi[j]);
     }
-    if (*p.steps <= p.warmup) {
+    if (p.exact || *p.steps <= p.warmup) {
       if (const int status = pass<SQUARES>()) return status;
       for (int64_t j = 0; j < C; ++j) phi[j] = first.data[j] / static_cast<double>(p.rows);
     }
@@ -481,7 +499,7 @@ class PowerPass {
       if (!p.running) continue;
       const double square = total[j] / static_cast<double>(p.rows);
       double moved = number_at(p.running, p.wdtype, j);
-      if (*p.steps < p.warmup) moved += (square - moved) / static_cast<double>(*p.steps);
+      if (!p.exact && *p.steps < p.warmup) moved += (square - moved) / static_cast<double>(*p.steps);
       put_number(p.running, p.wdtype, j, moved + (1 - p.alpha_fwd) * (square - moved));
     }
     return OK;
@@ -492,16 +510,24 @@ class PowerPass {
     const double* phi = p.kept;
     const double* total = p.kept + C;
     const double n = static_cast<double>(p.rows);
+    if (p.exact) {
+      if (const int status = pass<PAIRS>()) return status;
+    }
     for (int64_t j = 0; j < C; ++j) {
       const double inverse = 1 / std::sqrt(phi[j] + p.eps), back = p.batch ? 1 / std::sqrt(total[j] / n + p.eps) : inverse;
       factors.data[j] = static_cast<A>(back * weight_at(j));
-      factors.data[C + j] = static_cast<A>(p.rate * number_at(p.state, p.wdtype, j) * inverse * back);
+      const double nu = p.exact ? weight_at(j) * second.data[j] * inverse / n : p.rate * number_at(p.state, p.wdtype, j);
+      factors.data[C + j] = static_cast<A>(nu * back);
+      factors.data[2 * C + j] = static_cast<A>(inverse);
     }
-    if (const int status = p.out ? pass<BACKWARD>() : pass<PAIRS>()) return status;
+    if (p.out || !p.exact)
+      if (const int status = p.out ? pass<BACKWARD>() : pass<PAIRS>()) return status;
     for (int64_t j = 0; j < C; ++j) {
       const double inverse = 1 / std::sqrt(phi[j] + p.eps), dot = second.data[j] * inverse;
-      const double old = number_at(p.state, p.wdtype, j);
-      put_number(p.state, p.wdtype, j, old + (dot * weight_at(j) - p.rate * old * total[j] * inverse * inverse) / n);
+      if (!p.exact) {
+        const double old = number_at(p.state, p.wdtype, j);
+        put_number(p.state, p.wdtype, j, old + (dot * weight_at(j) - p.rate * old * total[j] * inverse * inverse) / n);
+      }
       if (p.dweight) put_number(p.dweight, p.wdtype, j, dot);
       if (p.dbias) put_number(p.dbias, p.wdtype, j, first.data[j]);
     }
@@ -513,10 +539,10 @@ class PowerPass {
 
   const Power& p;
   int64_t C, size, G;
-  Buffer<A> factors;             // FORWARD: y = z*a + b; BACKWARD: the gradient of z is dy*a - z*b
+  Buffer<A> factors;             // FORWARD: y = z*a + b; BACKWARD: the gradient of z is dy*a - (z*c)*b
   Buffer<double> first, second;  // FORWARD, SQUARES: sum of z²; PAIRS, BACKWARD: sums of dy and of dy*z
 
-  bool prepare() { return factors.allocate(2 * C) && first.allocate(C) && second.allocate(C); }
+  bool prepare() { return factors.allocate(3 * C) && first.allocate(C) && second.allocate(C); }
   double weight_at(int64_t j) const { return p.weight ? number_at(p.weight, p.wdtype, j) : 1.0; }
 
   template <int MODE>
@@ -531,11 +557,19 @@ class PowerPass {
       double* out = all.data + part * 2 * C;
       const int64_t end = (part + 1) * p.rows / parts;
       for (int64_t row = part * p.rows / parts; row < end;) {
-        const int64_t until = min_of(end, row + 64);
+        const int64_t from = row, until = min_of(end, row + 64);
         for (; row + MANY <= until; row += MANY) rows_of<MODE, MANY>(row, work.data);
         for (; row < until; ++row) rows_of<MODE, 1>(row, work.data);
         for (int64_t j = 0; j < (MODE >= PAIRS ? 2 : 1) * C; ++j) {
-          out[j] += static_cast<double>(work.data[j]);
+          double sum = static_cast<double>(work.data[j]);
+          if (MODE < PAIRS && !p.group && lost<A>(sum)) {
+            sum = 0;
+            for (int64_t r = from; r < until; ++r) {
+              const double v = to_double(static_cast<const T*>(p.x)[r * C + j]);
+              sum += v * v;
+            }
+          }
+          out[j] += sum;
           work.data[j] = 0;
         }
       }
@@ -564,20 +598,22 @@ class PowerPass {
     T* out = static_cast<T*>(p.out) + (p.out ? row * C : 0);
     const A* a = factors.data;
     const A* b = a + C;
+    const A* c = b + C;
     A* root = work + 2 * C;  // [R][G]
     A* along = root + MANY * G;
     if constexpr (GROUPS)
       for (int i = 0; i < R; ++i)
         for (int64_t k = 0; k < G; ++k)
-          root[i * G + k] = static_cast<A>(inverse_root(x + i * C + k * size, size, p.eps));
+          root[i * G + k] = static_cast<A>(group_scale(x + i * C + k * size, size, p.eps));
     for (int64_t k = 0; k < G; ++k) {
       A scale[R];
       V dots[R] = {};
       for (int i = 0; i < R; ++i) scale[i] = GROUPS ? root[i * G + k] : A(1);
       vectors<T>(size, [&](int64_t at, int left) EVENLY_EACH {
         const int64_t j = k * size + at;
-        V sum{}, pairs{}, one{}, two{};
+        V sum{}, pairs{}, one{}, two{}, three{};
         if constexpr (MODE == FORWARD || MODE == BACKWARD) one = take(a + j, left), two = take(b + j, left);
+        if constexpr (MODE == BACKWARD) three = take(c + j, left);
         for (int i = 0; i < R; ++i) {
           V z = take(x + i * C + j, left);
           if constexpr (GROUPS) z *= scale[i];
@@ -588,7 +624,7 @@ class PowerPass {
             sum += g;
             pairs += g * z;
             if constexpr (MODE == BACKWARD) {
-              const V d = g * one - z * two;
+              const V d = g * one - (z * three) * two;
               if constexpr (GROUPS)
                 dots[i] += d * z;
               else
@@ -606,7 +642,7 @@ class PowerPass {
       for (int64_t k = 0; k < G; ++k)
         vectors<T>(size, [&](int64_t at, int left) EVENLY_EACH {
           const int64_t j = k * size + at;
-          const V one = take(a + j, left), two = take(b + j, left);
+          const V one = take(a + j, left), two = take(b + j, left) * take(c + j, left);
           for (int i = 0; i < R; ++i) {
             const A scale = root[i * G + k];
             const V z = take(x + i * C + j, left) * scale;
@@ -655,7 +691,7 @@ class OnlinePass {
         T* row = out + t * C;
         const int64_t size = p.group ? p.group : C;
         for (int64_t k = 0; k < C; k += size) {
-          const A scale = p.group ? static_cast<A>(inverse_root(z + k, size, p.guard_eps)) : A(1);
+          const A scale = p.group ? static_cast<A>(group_scale(z + k, size, p.guard_eps)) : A(1);
           vectors<T>(size, [&](int64_t j, int left) EVENLY_EACH { put(row + k + j, take(z + k + j, left) * scale, left); });
         }
       });
@@ -756,7 +792,7 @@ class OnlinePass {
       vectors<T>(n, [&](int64_t j, int left) EVENLY_EACH {
         const V d = (take(x + j, left) - take(m + j, left)) - take(m + C + j, left);
         const V var = take(s + j, left);
-        const V inverse = 1 / root_of(var + eps);
+        const V inverse = inverse_root(var + eps);
         if constexpr (BACK) {
           put(y + j, d * inverse, left);
           put(r + j, inverse, left);
@@ -783,7 +819,7 @@ class OnlinePass {
         put(g + j, z, left);
         dots += z * take(dy + j, left);
       });
-      const double scale = inverse_root(g + k, p.group, p.guard_eps);
+      const double scale = group_scale(g + k, p.group, p.guard_eps);
       const double along = sum_lanes(dots) / static_cast<double>(p.group) * scale;  // mean of dy times the output
       const A one = static_cast<A>(scale), two = static_cast<A>(along * scale * scale);
       vectors<T>(p.group, [&](int64_t i, int left) EVENLY_EACH {
