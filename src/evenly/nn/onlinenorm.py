@@ -220,7 +220,7 @@ class OnlineNorm(nn.Module):
         """The kernel that is the whole layer but clamping, for an input of one position."""
         buffers = self._buffers  # attributes of a module are slow to look up
         state = [buffers[name] for name in _STATE]
-        if not pieces.fits(x, self._parameters["weight"], self._parameters["bias"], *state):
+        if not pieces.fits(x, self.weight, self.bias, *state):
             return None
         group = 0
         if self.guard == "layer_scaling":

@@ -176,13 +176,11 @@ class PowerNormV(nn.Module):
         """The kernel that is the whole layer, where nothing is padded or shared and channels are last."""
         if keep is not None or self.sync or self.channel_dim != -1:
             return None
-        # attributes of a module are slow to look up
-        weight, bias = self._parameters["weight"], self._parameters["bias"]
-        buffers = self._buffers
+        buffers = self._buffers  # attributes of a module are slow to look up
         running, steps = buffers["running_phi"], buffers["iters"]
         before, state = buffers.get("phi_before"), buffers.get("ema_gz")
         assert running is not None and steps is not None
-        if not pieces.fits(x, weight, bias, running, before, state):
+        if not pieces.fits(x, self.weight, self.bias, running, before, state):
             return None
         return pieces.Power(*self._pass_settings(), running, steps, before, state)
 
@@ -539,11 +537,10 @@ def _exact_gradient(
 ) -> list[Tensor | None]:
     """The gradient of PN-V as a function that has one itself."""
     y = normalize(x, "... c -> c", center=False, scale="rms", eps=eps, weight=weight, bias=bias, affine="c")
-    inputs = [t for t, needs in zip((x, weight, bias), needed, strict=False) if needs and t is not None]
-    found = iter(torch.autograd.grad(y, inputs, grad, create_graph=True))
-    return [
-        next(found) if needs and t is not None else None for t, needs in zip((x, weight, bias), needed, strict=False)
-    ]
+    inputs = [t if needs else None for t, needs in zip((x, weight, bias), needed, strict=False)]
+    wanted = [t for t in inputs if t is not None]
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    return [None if t is None else next(found) for t in inputs]
 
 
 class _AllReduce(torch.autograd.Function):
