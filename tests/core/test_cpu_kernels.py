@@ -557,7 +557,8 @@ def test_import_does_not_load_the_extension():
 
 
 @pytest.mark.skipif(not (SOURCES / "pool.cpp").exists(), reason="installed without its C++ sources")
-def test_under_sanitizers(tmp_path):
+@pytest.mark.parametrize("source", ["sanitize_cpu_kernels.cpp", "sanitize_cpu_pieces.cpp"])
+def test_under_sanitizers(source, tmp_path):
     """The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, on buffers of exactly the right size."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
@@ -570,7 +571,7 @@ def test_under_sanitizers(tmp_path):
     )
     if built.returncode or subprocess.run([str(tmp_path / "probe")], check=False).returncode:
         pytest.skip("the compiler has no sanitizer runtime")
-    driver = Path(__file__).with_name("sanitize_cpu_kernels.cpp")
+    driver = Path(__file__).with_name(source)
     program = tmp_path / "driver"
     command = [compiler, *flags, f"-I{SOURCES}", str(driver), str(SOURCES / "pool.cpp"), "-ldl", "-pthread", "-o"]
     subprocess.run([*command, str(program)], check=True, timeout=900)

@@ -21,9 +21,9 @@ After it come weight and bias, and a guard against activations that run away whi
 All four recursions are linear: :math:`μ, σ^2, u` with a constant coefficient, :math:`v` with the coefficient
 :math:`1 - (1 - α_b) \overline{y_t^2}`. They need only the moments of each sample and channel, so that a batch of N
 samples costs what batch normalization costs (one reduction and one map each way; layer scaling is part of both)
-plus scans over (N, C) numbers. A scan is exact: it advances blocks of samples together and chains their carries, with
-products of coefficients and no division. The scan of :math:`v` is O(N C) work in O(√N) steps; those with a constant
-coefficient are O(64 N C) work in O(N/64) steps. On (N, C) inputs, without positions, the scans are all of the cost.
+plus scans over (N, C) numbers (:func:`evenly.core.kernels.pieces.scan`), which are exact. On (N, C) inputs, without
+positions, the scans are all of the cost: on a CPU there is one loop over the samples each way, vectorized over the
+channels, whose backward pass goes through the statistics again instead of keeping them.
 
 Reference:
     Vitaliy Chiley, Ilya Sharapov, Atli Kosson, Urs Köster, Ryan Reece, Sofía Samaniego de la Fuente, Vishal Subbiah
@@ -37,22 +37,23 @@ Where the paper and its released code differ:
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from evenly.core import PatternError, normalize
+from evenly.core import PatternError, moments, normalize
+from evenly.core.kernels import pieces
+from evenly.core.kernels.pieces import scan as _scan
 from evenly.core.kernels.reference import accumulate_dtype
 from evenly.core.patterns import product
-from evenly.nn.norm import check_axis, recomputing, refuse_second_derivative, slices, sum_of_products
+from evenly.nn.norm import check_axis, recomputing, refuse_second_derivative
 
 __all__ = ["OnlineNorm", "OnlineNorm1d", "OnlineNorm2d", "OnlineNorm3d"]
 
 Guard = Literal["layer_scaling", "activation_clamping", "none"]
+_STATE = ("running_mean", "running_var", "mean_before", "var_before", "ctrl_u", "ctrl_v")
 _GUARDS = ("layer_scaling", "activation_clamping", "none")
 
 
@@ -188,6 +189,10 @@ class OnlineNorm(nn.Module):
         if x.numel() == 0:
             return self._evaluate(x)
         scaling = self.guard == "layer_scaling"
+        whole = self._pass(x) if x.numel() == x.shape[0] * self.num_features else None
+        if whole is not None:
+            y = _OnlinePass.apply(x, self.weight, self.bias, whole)
+            return y if scaling else self._guard(y)
         call = _Settings(
             _Layout.of(x.shape, self.channel_dim),
             self.alpha_fwd,
@@ -195,6 +200,7 @@ class OnlineNorm(nn.Module):
             self.eps,
             self.guard_eps if scaling else None,
             self.num_features if self.group_size == -1 else self.group_size,
+            self.clamp_value if self.guard == "activation_clamping" else None,
         )
         again = recomputing()
         if not again:
@@ -208,7 +214,18 @@ class OnlineNorm(nn.Module):
             with torch.no_grad():
                 self.running_mean.copy_(mean)
                 self.running_var.copy_(var)
-        return y if scaling else self._guard(y)
+        return y
+
+    def _pass(self, x: Tensor) -> pieces.Online | None:
+        """The kernel that is the whole layer but clamping, for an input of one position."""
+        buffers = self._buffers  # attributes of a module are slow to look up
+        state = [buffers[name] for name in _STATE]
+        if not pieces.fits(x, self.weight, self.bias, *state):
+            return None
+        group = 0
+        if self.guard == "layer_scaling":
+            group = self.num_features if self.group_size == -1 else self.group_size
+        return pieces.Online((self.alpha_fwd, self.alpha_bkw), self.eps, group, self.guard_eps, *state)  # type: ignore[arg-type]
 
     def _evaluate(self, x: Tensor) -> Tensor:
         return normalize(
@@ -273,16 +290,15 @@ class OnlineNorm3d(OnlineNorm):
 class _Layout(NamedTuple):
     """Where samples, channels and positions are."""
 
-    dims: tuple[int, ...]  # the axes of positions
-    shape: tuple[int, ...]  # of one number a sample and channel, broadcastable to the input
+    kept: tuple[int, int]  # the axes of samples and channels
     positions: int
+    pattern: str  # of the moments of each sample and channel
 
     @classmethod
     def of(cls, shape: Sequence[int], channel_dim: int) -> _Layout:
         channel = channel_dim % len(shape)
-        dims = tuple(axis for axis in range(1, len(shape)) if axis != channel)
-        kept = tuple(shape[axis] if axis in (0, channel) else 1 for axis in range(len(shape)))
-        return cls(dims, kept, product([shape[axis] for axis in dims]))
+        positions = product([size for axis, size in enumerate(shape) if axis not in (0, channel)])
+        return cls((0, channel), positions, "n c ... -> n c" if channel_dim == 1 else "n ... c -> n c")
 
 
 class _Settings(NamedTuple):
@@ -294,6 +310,7 @@ class _Settings(NamedTuple):
     eps: float
     guard_eps: float | None  # None: no layer scaling
     group_size: int
+    clamp: float | None  # None: no clamp
 
 
 class _OnlineFunction(torch.autograd.Function):
@@ -317,8 +334,12 @@ class _OnlineFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         small = _small_dtype(x, call.layout)
         rate, layout = 1 - call.alpha_fwd, call.layout
-        d, m, s = _sample_moments(x, layout)
-        m, s = m.to(small), s.to(small)
+        if layout.positions == 1:
+            m = x.reshape(x.shape[0], -1).to(small)
+            s = torch.zeros_like(m)
+        else:
+            m, s, _ = moments(x, layout.pattern)
+            m, s = m.to(small), s.to(small)
         means, mean_after = _scan(call.alpha_fwd, rate * m, mean.to(small))
         lag = m - means
         variances, var_after = _scan(call.alpha_fwd, rate * s + (call.alpha_fwd * rate) * lag.square(), var.to(small))
@@ -338,11 +359,14 @@ class _OnlineFunction(torch.autograd.Function):
         ctx.controllers = (ctrl_u, ctrl_v)  # not saved: they move between the passes
         ctx.call = call
         ctx.mark_non_differentiable(mean_after, var_after)
-        if d is None:
-            y = shift.view(layout.shape)
+        if layout.positions == 1:
+            y = shift if call.clamp is None else shift.clamp(-call.clamp, call.clamp)
+            y = y.view(x.shape).to(x.dtype)
+        elif call.clamp is not None:
+            y = pieces.clip(x, layout.kept, call.clamp, gain, shift, m)
         else:
-            y = d.mul_(gain.to(d.dtype).view(layout.shape)).add_(shift.to(d.dtype).view(layout.shape))
-        return y.to(x.dtype), mean_after, var_after
+            y = pieces.scale(x, layout.kept, gain, shift, m)
+        return y, mean_after, var_after
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -350,14 +374,17 @@ class _OnlineFunction(torch.autograd.Function):
         x, weight, m, s, inverse, offset, gain, shift, unguard = ctx.saved_tensors
         (bias_dtype,), (ctrl_u, ctrl_v), call = ctx.dtypes, ctx.controllers, ctx.call
         layout, small, rate = call.layout, m.dtype, 1 - call.alpha_bkw
-        g = grad.to(accumulate_dtype(x.dtype))
-        rows = slices(x)
+        if call.clamp is not None:
+            if layout.positions == 1:
+                inside = (shift >= -call.clamp) & (shift <= call.clamp)
+                grad = torch.where(inside.view(grad.shape), grad, torch.zeros_like(grad))
+            else:
+                grad = pieces.clip(x, layout.kept, call.clamp, gain, shift, m, grad=grad)
         if layout.positions == 1:
-            mean_g, mean_gd = g.reshape(m.shape).to(small), torch.zeros_like(m)
+            mean_g, mean_gd = grad.reshape(m.shape).to(small), torch.zeros_like(m)
         else:
-            mean_g = g.mean(layout.dims).to(small)
-            pairs = zip(_centred(x, m, layout, rows), g.split(rows), strict=True)
-            mean_gd = torch.cat([(d * part).mean(layout.dims) for d, part in pairs]).to(small)
+            total_g, total_gd = pieces.sums_of_pairs(grad, x, layout.kept, m)
+            mean_g, mean_gd = (total_g / layout.positions).to(small), (total_gd / layout.positions).to(small)
         # y = inverse * d + offset, so that the mean of y' y is that of g d and g
         mean_gy = inverse * mean_gd + offset * mean_g
         along = None
@@ -385,83 +412,38 @@ class _OnlineFunction(torch.autograd.Function):
             if along is not None:
                 along_d = along_d + gain * along * gain
                 constant = constant + gain * along * shift
-            dx = g * gain.to(g.dtype).view(layout.shape)
-            if layout.positions > 1:
-                along_d = -along_d.to(g.dtype).view(layout.shape)
-                parts = zip(dx.split(rows), _centred(x, m, layout, rows), along_d.split(rows), strict=True)
-                for part, d, factor in parts:
-                    part.addcmul_(d, factor)
-            dx = dx.sub_(constant.to(g.dtype).view(layout.shape)).to(x.dtype)
+            if layout.positions == 1:
+                dx = (grad.reshape(m.shape).to(small) * gain - constant).view(x.shape).to(x.dtype)
+            else:
+                dx = pieces.combine(grad, x, layout.kept, gain, -along_d, -constant, m)
         return dx, dweight, dbias, None, None, None, None, None
 
 
-def _sample_moments(x: Tensor, layout: _Layout) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Centred values (None where a sample has one position), means and variances, each (N, C)."""
-    v = x.to(accumulate_dtype(x.dtype))
-    if layout.positions == 1:
-        m = v.reshape(v.shape[0], -1)
-        return None, m, torch.zeros_like(m)
-    m = v.mean(layout.dims)
-    d = v - m.view(layout.shape)
-    return d, m, sum_of_products(d, d, layout.dims) / layout.positions
+class _OnlinePass(torch.autograd.Function):
+    """:class:`_OnlineFunction` for one position a sample, with all that moves; it keeps nothing but the input."""
 
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, whole: pieces.Online) -> Tensor:
+        y, kept = whole.forward(x if x.ndim == 2 else x.flatten(1), weight, bias, again=recomputing())
+        ctx.save_for_backward(x, weight, bias, kept)
+        ctx.whole = whole
+        return y.view(x.shape)
 
-def _centred(x: Tensor, m: Tensor, layout: _Layout, rows: int) -> Iterator[Tensor]:
-    """``x - m`` of so many samples at a time, as it is needed."""
-    m = m.to(accumulate_dtype(x.dtype)).view(layout.shape)
-    for values, means in zip(x.split(rows), m.split(rows), strict=True):
-        yield values.to(m.dtype) - means
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("OnlineNorm")
+        x, weight, bias, kept = ctx.saved_tensors
+        shape, wanted = x.shape, ctx.needs_input_grad[0]
+        if x.ndim > 2:
+            x, grad = x.flatten(1), grad.flatten(1)
+        dx, dweight, dbias = ctx.whole.backward(grad, x, weight, bias, kept, wanted=wanted)
+        return None if dx is None else dx.view(shape), dweight, dbias, None
 
 
 def _in_groups(values: Tensor, size: int) -> Tensor:
     """The mean of (N, C) numbers over groups of channels, at every channel."""
     n, c = values.shape
     return values.view(n, c // size, size).mean(2, keepdim=True).expand(n, c // size, size).reshape(n, c)
-
-
-def _scan(a: Tensor | float, b: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """The recursion ``h_t = a_t h_{t-1} + b_t`` along the first axis: the states before each step, and the last.
-
-    Blocks of rows advance side by side, each from 0 and each with the product of its coefficients; then the state
-    at the start of each block is carried from block to block, and added in. With a constant coefficient a block is
-    one product with the lower-triangular matrix of its powers.
-    """
-    steps, width = b.shape
-    length = max(1, math.isqrt((steps + 1) // 2)) if isinstance(a, Tensor) else min(steps, 64)
-    blocks = -(-steps // length)
-    short = blocks * length - steps
-    rows = torch.nn.functional.pad(b, (0, 0, 0, short)) if short else b
-    if isinstance(a, Tensor):
-        rows = rows if short else rows.clone()
-        factors = torch.nn.functional.pad(a, (0, 0, 0, short), value=1.0) if short else a.clone()
-        sums, products = rows.view(blocks, length, width), factors.view(blocks, length, width)
-        for row in range(1, length):
-            sums[:, row].addcmul_(products[:, row], sums[:, row - 1])
-            products[:, row].mul_(products[:, row - 1])
-    else:
-        # float64 where there is: no device rounds its products to fewer digits, and autocast leaves it alone
-        dtype = torch.float32 if b.device.type == "mps" else torch.float64
-        powers = (_fresh_powers if torch.compiler.is_compiling() else _powers)(a, length, dtype, b.device)
-        sums = (powers @ rows.to(dtype).view(blocks, length, width)).to(b.dtype)
-        products = (a * powers[:, :1]).to(b.dtype).expand(blocks, length, 1)
-    if blocks == 1:
-        states = torch.addcmul(sums[0], products[0], start)
-    else:
-        carried = [start]
-        for block in range(blocks - 1):
-            carried.append(torch.addcmul(sums[block, -1], products[block, -1], carried[-1]))
-        states = sums.addcmul_(products, torch.stack(carried).unsqueeze(1)).view(blocks * length, width)
-    return torch.cat([start.unsqueeze(0), states[: steps - 1]]), states[steps - 1]
-
-
-def _fresh_powers(a: float, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``a ** (i - j)`` at row i and column j <= i, else 0."""
-    at = torch.arange(length, dtype=dtype, device=device)
-    exponents = at.unsqueeze(1) - at
-    return torch.pow(a, exponents.clamp(min=0)).tril()
-
-
-_powers = functools.lru_cache(maxsize=256)(_fresh_powers)
 
 
 def _small_dtype(x: Tensor, layout: _Layout) -> torch.dtype:

@@ -37,6 +37,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from evenly.core import PatternError, normalize
+from evenly.core.kernels import pieces
 from evenly.core.kernels.reference import accumulate_dtype
 from evenly.nn.norm import check_axis, recomputing, refuse_second_derivative, sum_of_products
 
@@ -160,6 +161,9 @@ class PowerNormV(nn.Module):
         keep = self._check(x, pad_mask)
         if not self.training:
             return self._scale_by(x, self.running_phi)
+        whole = self._pass(x, keep)
+        if whole is not None:
+            return _PowerPass.apply(x, self.weight, self.bias, whole)
         square, count = self._mean_square(x, keep)
         with torch.no_grad():
             if not recomputing():
@@ -167,6 +171,21 @@ class PowerNormV(nn.Module):
                 new = self.running_phi + (1 - self.alpha_fwd) * (square - self.running_phi)
                 self.running_phi.copy_(torch.where(count > 0, new, self.running_phi))
         return self._scale_by(x, square)
+
+    def _pass(self, x: Tensor, keep: Tensor | None) -> pieces.Power | None:
+        """The kernel that is the whole layer, where nothing is padded or shared and channels are last."""
+        if keep is not None or self.sync or self.channel_dim != -1:
+            return None
+        buffers = self._buffers  # attributes of a module are slow to look up
+        running, steps = buffers["running_phi"], buffers["iters"]
+        before, state = buffers.get("phi_before"), buffers.get("ema_gz")
+        assert running is not None and steps is not None
+        if not pieces.fits(x, self.weight, self.bias, running, before, state):
+            return None
+        return pieces.Power(*self._pass_settings(), running, steps, before, state)
+
+    def _pass_settings(self) -> tuple[int, float, bool, int, tuple[float, float], bool]:
+        return 0, self.eps, True, 0, (self.alpha_fwd, 1.0), False
 
     def _check(self, x: Tensor, pad_mask: Tensor | None) -> Tensor | None:
         """The tokens that count, broadcastable to ``x``, or None for all."""
@@ -188,14 +207,17 @@ class PowerNormV(nn.Module):
 
     def _mean_square(self, x: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
         """The mean square of each channel (0 of nothing) and the number of tokens, over all processes with sync."""
-        dims = _all_but(self.channel_dim, x.ndim)
-        v = x.to(accumulate_dtype(x.dtype))
-        if keep is None:
-            count = v.new_tensor(float(x.numel() // self.num_features))
+        if keep is None and not torch.is_grad_enabled():
+            total = pieces.sums_of_squares(x, [self.channel_dim])
+            count = total.new_tensor(float(x.numel() // self.num_features))
         else:
-            count = keep.sum().to(v.dtype)
-            v = torch.where(keep, v, v.new_zeros(()))
-        total = sum_of_products(v, v, dims)
+            v = x.to(accumulate_dtype(x.dtype))
+            if keep is None:
+                count = v.new_tensor(float(x.numel() // self.num_features))
+            else:
+                count = keep.sum().to(v.dtype)
+                v = torch.where(keep, v, v.new_zeros(()))
+            total = sum_of_products(v, v, _all_but(self.channel_dim, x.ndim))
         if self.sync:
             total, count = _AllReduce.apply(total, count, self.process_group)
         return total / count.clamp(min=1), count
@@ -259,8 +281,10 @@ class PowerNorm(PowerNormV):
     twice, a forward pass without one not at all. A pass that activation checkpointing recomputes uses the state
     of the forward pass before it, and moves ``running_phi`` once.
 
-    Cost: forward one reduction and one scaling, backward one reduction and one combination of the gradient and
-    the input; group scaling is a pass of its own each way.
+    Cost: on a CPU, with channels last, no mask and no ``sync``, one pass over the input forward (two during warm-up)
+    and one over input and gradient backward, group scaling included; of the input nothing more is kept. Otherwise
+    forward one reduction and one scaling, backward one reduction and one combination of the gradient and the input,
+    and group scaling is a pass of its own each way.
 
     >>> layer = PowerNorm(8, warmup_iters=0, group_num=2)
     >>> x = torch.randn(4, 10, 8, requires_grad=True)
@@ -326,6 +350,9 @@ class PowerNorm(PowerNormV):
     def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
         """Normalize ``x``; tokens where ``pad_mask`` is true are scaled too, and do not count."""
         keep = self._check(x, pad_mask)
+        whole = self._pass(x, keep) if self.training else None
+        if whole is not None:
+            return _PowerPass.apply(x, self.weight, self.bias, whole)
         if self.scaling is not None:
             x = self.scaling(x)
         if not self.training:
@@ -349,6 +376,11 @@ class PowerNorm(PowerNormV):
             self.process_group,
         )
         return _PowerFunction.apply(x, self.weight, self.bias, phi, phi_back, total, positions, self.ema_gz, call)
+
+    def _pass_settings(self) -> tuple[int, float, bool, int, tuple[float, float], bool]:
+        group = 0 if self.scaling is None else self.num_features // self.group_num
+        decays = (self.alpha_fwd, self.alpha_bkw)
+        return group, self.eps, False, self.warmup_iters, decays, self.backward_scale == "batch"
 
     def _advance(self, square: Tensor, count: Tensor) -> None:
         old = self.running_phi.to(square.dtype)
@@ -445,24 +477,20 @@ class _PowerFunction(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.state = state  # not saved: it moves between the passes
         ctx.call = call
-        shape = [-1 if axis == call.channel_dim % x.ndim else 1 for axis in range(x.ndim)]
-        v, scale = x.to(phi.dtype), (phi + call.eps).rsqrt()
+        scale = (phi + call.eps).rsqrt()
         if weight is not None:
             scale = scale * weight.to(phi.dtype)
-        if bias is None:
-            return (v * scale.view(shape)).to(x.dtype)
-        return torch.addcmul(bias.to(phi.dtype).view(shape), v, scale.view(shape)).to(x.dtype)
+        return pieces.scale(x, [call.channel_dim], scale, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("PowerNorm")
         x, weight, phi, phi_back, total, positions = ctx.saved_tensors
         call, state = ctx.call, ctx.state
-        dims = _all_but(call.channel_dim, x.ndim)
-        shape = [-1 if axis == call.channel_dim % x.ndim else 1 for axis in range(x.ndim)]
-        v, g = x.to(phi.dtype), grad.to(phi.dtype)
+        channels = [call.channel_dim]
         inverse = (phi + call.eps).rsqrt()
-        dots = sum_of_products(g, v, dims) * inverse  # sum of dy x̂
+        total_g, total_gx = pieces.sums_of_pairs(grad, x, channels)
+        dots = total_gx.to(phi.dtype) * inverse  # sum of dy x̂
         gz = dots if weight is None else dots * weight.to(phi.dtype)
         if call.sync:
             gz = gz.clone()
@@ -475,13 +503,44 @@ class _PowerFunction(torch.autograd.Function):
             back = inverse if phi_back is None else (phi_back + call.eps).rsqrt()
             gain = back if weight is None else back * weight.to(phi.dtype)
             # g * gain - x * nu * inverse * back
-            dx = (g * gain.view(shape)).addcmul_(v, (-nu * inverse * back).view(shape)).to(x.dtype)
+            dx = pieces.combine(grad, x, channels, gain, -nu * inverse * back)
         state.copy_(torch.where(positions > 0, old + gz / count - nu * total * inverse.square(), old))
         dweight = dots.to(weight.dtype) if weight is not None and ctx.needs_input_grad[1] else None
         dbias = None
         if ctx.has_bias and ctx.needs_input_grad[2]:
-            dbias = (g.sum(dims) if dims else g).to(ctx.bias_dtype)
+            dbias = total_g.to(ctx.bias_dtype)
         return dx, dweight, dbias, None, None, None, None, None, None
+
+
+class _PowerPass(torch.autograd.Function):
+    """Group scaling and :class:`_PowerFunction` in one, with all that moves."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, whole: pieces.Power) -> Tensor:
+        y, kept = whole.forward(x, weight, bias, again=recomputing())
+        ctx.save_for_backward(x, weight, bias, kept)
+        ctx.whole = whole
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, kept = ctx.saved_tensors
+        whole, wanted = ctx.whole, ctx.needs_input_grad
+        if whole.exact and torch.is_grad_enabled():
+            return *_exact_gradient(grad, x, weight, bias, whole.eps, wanted), None
+        refuse_second_derivative("PowerNorm")
+        return *whole.backward(grad, x, weight, bias is not None, kept, wanted=wanted[0]), None
+
+
+def _exact_gradient(
+    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, needed: tuple[bool, ...]
+) -> list[Tensor | None]:
+    """The gradient of PN-V as a function that has one itself."""
+    y = normalize(x, "... c -> c", center=False, scale="rms", eps=eps, weight=weight, bias=bias, affine="c")
+    inputs = [t if needs else None for t, needs in zip((x, weight, bias), needed, strict=False)]
+    wanted = [t for t in inputs if t is not None]
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    return [None if t is None else next(found) for t in inputs]
 
 
 class _AllReduce(torch.autograd.Function):

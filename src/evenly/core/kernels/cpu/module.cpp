@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <string>
 
+#include "pieces.h"
 #include "problem.h"
 
 namespace nb = nanobind;
@@ -18,6 +19,7 @@ namespace {
 
 struct Choice {
   const Kernels* kernels;
+  const Pieces* pieces;
   const char* name;
 };
 
@@ -26,14 +28,14 @@ Choice best() {
   __builtin_cpu_init();
   const char* wanted = std::getenv("EVENLY_CPU_ISA");
   const std::string isa = wanted ? wanted : "";
-  if (isa == "portable") return {&kernels_portable, "portable"};
+  if (isa == "portable") return {&kernels_portable, &pieces_portable, "portable"};
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (avx512 && isa != "avx2") return {&kernels_avx512, "avx512"};
-  if (avx2) return {&kernels_avx2, "avx2"};
+  if (avx512 && isa != "avx2") return {&kernels_avx512, &pieces_avx512, "avx512"};
+  if (avx2) return {&kernels_avx2, &pieces_avx2, "avx2"};
 #endif
-  return {&kernels_portable, "portable"};
+  return {&kernels_portable, &pieces_portable, "portable"};
 }
 
 const Choice chosen = best();
@@ -52,10 +54,8 @@ void expect_large(uintptr_t address, int64_t bytes) {
 #endif
 }
 
-int64_t bytes_of(const Problem& p) {
-  const int64_t size = p.dtype == F64 ? 8 : p.dtype == F32 ? 4 : 2;
-  return p.K0 * p.R0 * p.K1 * p.R1 * size;
-}
+int64_t bytes_of(int dtype, int64_t values) { return values * (dtype == F64 ? 8 : dtype == F32 ? 4 : 2); }
+int64_t bytes_of(const Problem& p) { return bytes_of(p.dtype, p.K0 * p.R0 * p.K1 * p.R1); }
 
 // Statistics that nobody keeps.
 struct Scratch {
@@ -144,6 +144,105 @@ struct Layout {
   }
 };
 
+// ---- the pieces of layers whose gradient is not autograd's (pieces.h)
+
+int sums(int dtype, int64_t K0, int64_t R0, int64_t K1, int64_t R1, uintptr_t x, uintptr_t g, uintptr_t m,
+         uintptr_t first, uintptr_t second) {
+  nb::gil_scoped_release unlocked;
+  return chosen.pieces->sums({dtype, K0, R0, K1, R1}, at<void>(x), at<void>(g), at<double>(m), at<double>(first),
+                             at<double>(second));
+}
+
+int combine(int dtype, int64_t K0, int64_t R0, int64_t K1, int64_t R1, uintptr_t x, uintptr_t g, uintptr_t gain,
+            uintptr_t m, uintptr_t slope, uintptr_t shift, uintptr_t y) {
+  nb::gil_scoped_release unlocked;
+  expect_large(y, bytes_of(dtype, K0 * R0 * K1 * R1));
+  return chosen.pieces->combine({dtype, K0, R0, K1, R1}, at<void>(x), at<void>(g), at<double>(gain), at<double>(m),
+                                at<double>(slope), at<double>(shift), at<void>(y));
+}
+
+int scan(int dtype, int64_t steps, int64_t width, uintptr_t a, double constant, uintptr_t v, uintptr_t start,
+         uintptr_t before, uintptr_t last) {
+  nb::gil_scoped_release unlocked;
+  return chosen.pieces->scan(dtype, steps, width, at<void>(a), constant, at<void>(v), at<void>(start),
+                             at<void>(before), at<void>(last));
+}
+
+int clip(int dtype, int64_t K0, int64_t R0, int64_t K1, int64_t R1, uintptr_t x, uintptr_t g, uintptr_t m,
+         uintptr_t slope, uintptr_t shift, double limit, uintptr_t out) {
+  nb::gil_scoped_release unlocked;
+  expect_large(out, bytes_of(dtype, K0 * R0 * K1 * R1));
+  return chosen.pieces->clip({dtype, K0, R0, K1, R1}, at<void>(x), at<void>(g), at<double>(m), at<double>(slope),
+                             at<double>(shift), limit, at<void>(out));
+}
+
+Power power_of(int dtype, int wdtype, int64_t rows, int64_t channels, int64_t group, double eps, bool exact,
+               uintptr_t x, uintptr_t out, uintptr_t weight, uintptr_t kept) {
+  Power p{};
+  p.dtype = dtype, p.wdtype = wdtype;
+  p.rows = rows, p.channels = channels, p.group = group, p.eps = eps, p.exact = exact;
+  p.x = at<void>(x), p.out = at<void>(out), p.weight = at<void>(weight), p.kept = at<double>(kept);
+  expect_large(out, bytes_of(dtype, rows * channels));
+  return p;
+}
+
+int power_forward(int dtype, int wdtype, int64_t rows, int64_t channels, int64_t group, double eps, bool exact,
+                  uintptr_t x, uintptr_t out, uintptr_t weight, uintptr_t kept, uintptr_t bias, uintptr_t running, uintptr_t before,
+                  uintptr_t steps, int64_t warmup, double alpha_fwd) {
+  nb::gil_scoped_release unlocked;
+  Power p = power_of(dtype, wdtype, rows, channels, group, eps, exact, x, out, weight, kept);
+  p.bias = at<void>(bias), p.running = at<void>(running), p.before = at<void>(before);
+  p.steps = at<int64_t>(steps), p.warmup = warmup, p.alpha_fwd = alpha_fwd;
+  return chosen.pieces->power_forward(p);
+}
+
+int power_backward(int dtype, int wdtype, int64_t rows, int64_t channels, int64_t group, double eps, bool exact,
+                   uintptr_t x, uintptr_t out, uintptr_t weight, uintptr_t kept, uintptr_t dy, uintptr_t state, double rate,
+                   bool batch, uintptr_t dweight, uintptr_t dbias) {
+  nb::gil_scoped_release unlocked;
+  Power p = power_of(dtype, wdtype, rows, channels, group, eps, exact, x, out, weight, kept);
+  p.dy = at<void>(dy), p.state = at<void>(state), p.rate = rate, p.batch = batch;
+  p.dweight = at<void>(dweight), p.dbias = at<void>(dbias);
+  return chosen.pieces->power_backward(p);
+}
+
+Online online_of(int dtype, int wdtype, int64_t steps, int64_t channels, int64_t group, double alpha_fwd,
+                 double alpha_bkw, double eps, double guard_eps, uintptr_t x, uintptr_t out, uintptr_t weight,
+                 uintptr_t bias, uintptr_t kept) {
+  Online p{};
+  p.dtype = dtype, p.wdtype = wdtype;
+  p.steps = steps, p.channels = channels, p.group = group;
+  p.alpha_fwd = alpha_fwd, p.alpha_bkw = alpha_bkw, p.eps = eps, p.guard_eps = guard_eps;
+  p.x = at<void>(x), p.out = at<void>(out), p.weight = at<void>(weight), p.bias = at<void>(bias);
+  p.kept = at<double>(kept);
+  expect_large(out, bytes_of(dtype, steps * channels));
+  return p;
+}
+
+int online_forward(int dtype, int wdtype, int64_t steps, int64_t channels, int64_t group, double alpha_fwd,
+                   double alpha_bkw, double eps, double guard_eps, uintptr_t x, uintptr_t out, uintptr_t weight,
+                   uintptr_t bias, uintptr_t kept, uintptr_t mean, uintptr_t var, uintptr_t mean_before,
+                   uintptr_t var_before) {
+  nb::gil_scoped_release unlocked;
+  Online p = online_of(dtype, wdtype, steps, channels, group, alpha_fwd, alpha_bkw, eps, guard_eps, x, out, weight,
+                       bias, kept);
+  p.mean = at<void>(mean), p.var = at<void>(var);
+  p.mean_before = at<void>(mean_before), p.var_before = at<void>(var_before);
+  return chosen.pieces->online_forward(p);
+}
+
+int online_backward(int dtype, int wdtype, int64_t steps, int64_t channels, int64_t group, double alpha_fwd,
+                    double alpha_bkw, double eps, double guard_eps, uintptr_t x, uintptr_t out, uintptr_t weight,
+                    uintptr_t bias, uintptr_t kept, uintptr_t dy, uintptr_t u, uintptr_t v, uintptr_t dweight,
+                    uintptr_t dbias) {
+  nb::gil_scoped_release unlocked;
+  Online p = online_of(dtype, wdtype, steps, channels, group, alpha_fwd, alpha_bkw, eps, guard_eps, x, out, weight,
+                       bias, kept);
+  p.dy = at<void>(dy), p.u = at<void>(u), p.v = at<void>(v);
+  p.dweight = at<void>(dweight), p.dbias = at<void>(dbias);
+  return chosen.pieces->online_backward(p);
+}
+
 }  // namespace
 
 NB_MODULE(_kernels, m) {
@@ -157,6 +256,14 @@ NB_MODULE(_kernels, m) {
       .def("backward", &Layout::backward)
       .def_prop_ro("bits_bytes", [](const Layout& l) { return chosen.kernels->bits_bytes(l.p); })
       .def_prop_ro("bits_row", [](const Layout& l) { return chosen.kernels->bits_row(l.p); });
+  m.def("sums", &sums);
+  m.def("combine", &combine);
+  m.def("scan", &scan);
+  m.def("clip", &clip);
+  m.def("power_forward", &power_forward);
+  m.def("power_backward", &power_backward);
+  m.def("online_forward", &online_forward);
+  m.def("online_backward", &online_backward);
   m.def("isa", [] { return std::string(chosen.name); });
   m.def("threads", &thread_count);
   m.def("pool", [] { return std::string(pool_name()); });

@@ -1,0 +1,956 @@
+// The pieces of layers whose gradient is not autograd's (pieces.h). Compiled once for each instruction set.
+//
+// Sums are taken in float (double for double) over a few thousand values, and in double beyond; where float cannot
+// hold a sum it is taken again in double. The partition depends on the shape alone, so that results do not depend on
+// the number of threads. A recursion over samples in float keeps what rounding took from its state, and adds it at
+// the next step (Kahan's summation), so that a long stream drifts no further than a short one.
+
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <type_traits>
+
+#include "pieces.h"
+#include "problem.h"
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#endif
+
+namespace evenly {
+namespace EVENLY_ISA {
+namespace {
+
+#include "vectors.inl"
+
+constexpr int64_t PIECE = 4096;       // values whose sums are taken in float
+constexpr int64_t TASK = 16384;       // values a task should have
+constexpr int64_t PARALLEL = 32768;   // fewer values than this: one thread
+constexpr int64_t SHORT_RUN = 32;     // shorter runs are treated as columns
+constexpr int64_t STRIP = 128;        // channels of a recursion that a task advances
+constexpr int64_t TILE = 16384;       // values of a tile of samples, which stays in cache between the phases
+
+#include "common.inl"
+
+// Tasks, on the calling thread where there is little to do.
+template <class F>
+void spread(int64_t values, int64_t n, const F& f) {
+  if (values < PARALLEL)
+    for (int64_t i = 0; i < n; ++i) f(i);
+  else
+    parallel(n, f);
+}
+
+// f(j, lanes) for vectors of n values; lanes is W everywhere but at the end.
+template <class T, class F>
+EVENLY_INLINE void vectors(int64_t n, const F& f) {
+  constexpr int W = Tr<T>::W;
+  int64_t j = 0;
+  for (; j + W <= n; j += W) f(j, W);
+  if (j < n) f(j, static_cast<int>(n - j));
+}
+#define EVENLY_EACH __attribute__((always_inline))
+
+EVENLY_INLINE vf root_of(vf v) {
+#if defined(__AVX512F__)
+  return as<vf>(_mm512_sqrt_ps(as<__m512>(v)));
+#elif defined(__AVX__)
+  return as<vf>(_mm256_sqrt_ps(as<__m256>(v)));
+#else
+  for (int i = 0; i < WF; ++i) v[i] = std::sqrt(v[i]);
+  return v;
+#endif
+}
+EVENLY_INLINE vd root_of(vd v) {
+#if defined(__AVX512F__)
+  return as<vd>(_mm512_sqrt_pd(as<__m512d>(v)));
+#elif defined(__AVX__)
+  return as<vd>(_mm256_sqrt_pd(as<__m256d>(v)));
+#else
+  for (int i = 0; i < WD; ++i) v[i] = std::sqrt(v[i]);
+  return v;
+#endif
+}
+
+// 1 / sqrt(v). Float: the processor's estimate and a third-order correction, within 1 or 2 units in the last place.
+EVENLY_INLINE vd inverse_root(vd v) { return 1 / root_of(v); }
+EVENLY_INLINE vf inverse_root(vf v) {
+#if defined(__AVX512F__)
+  const vf r = as<vf>(_mm512_rsqrt14_ps(as<__m512>(v)));
+#elif defined(__AVX__)
+  const vf r = as<vf>(_mm256_rsqrt_ps(as<__m256>(v)));
+#else
+  return 1 / root_of(v);
+#endif
+#if defined(__AVX__)
+  if (pack_lanes(~((v > 1e-30f) & (v < 1e30f)))) return 1 / root_of(v);
+  const vf h = 1 - (v * r) * r;
+  return r + (r * h) * (0.5f + 0.375f * h);
+#endif
+}
+
+// Float cannot hold this sum of squares: too large, or so small that squares have underflowed.
+template <class A>
+EVENLY_INLINE bool lost(double squares) {
+  return sizeof(A) == 4 && (!(squares < 1e38) || squares < 1e-25);
+}
+
+// Numbers of a dtype that is known when they are read.
+inline double number_at(const void* p, int dtype, int64_t i) {
+  switch (dtype) {
+    case F64:
+      return static_cast<const double*>(p)[i];
+    case BF16:
+      return to_double(static_cast<const bf16*>(p)[i]);
+    case F16:
+      return to_double(static_cast<const f16*>(p)[i]);
+    default:
+      return static_cast<const float*>(p)[i];
+  }
+}
+inline void put_number(void* p, int dtype, int64_t i, double v) {
+  switch (dtype) {
+    case F64:
+      static_cast<double*>(p)[i] = v;
+      return;
+    case BF16:
+      static_cast<bf16*>(p)[i] = from_double<bf16>(v);
+      return;
+    case F16:
+      static_cast<f16*>(p)[i] = from_double<f16>(v);
+      return;
+    default:
+      static_cast<float*>(p)[i] = static_cast<float>(v);
+  }
+}
+
+// ---- sums -----------------------------------------------------------------------------------------------------
+
+// Over n contiguous values: squares of x, or g and g*(x - m).
+template <class T, bool PAIRS>
+void sum_run(const T* x, const T* g, double m, int64_t n, double& first, double& second) {
+  using X = Tr<T>;
+  using A = typename X::A;
+  using V = typename X::V;
+  constexpr int W = X::W;
+  const V mean = splat(static_cast<A>(m));
+  V s[4] = {}, q[4] = {};
+  auto step = [&](int64_t i, int left, int to) EVENLY_EACH {
+    if constexpr (PAIRS) {
+      const V u = take(g + i, left), d = take(x + i, left) - mean;
+      s[to] += u;
+      q[to] += left == W ? u * d : keep(first_lanes<A>(left), u * d);
+    } else {
+      const V v = take(x + i, left);
+      s[to] += v * v;
+    }
+  };
+  int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W)
+    for (int to = 0; to < 4; ++to) step(i + to * W, W, to);
+  for (; i + W <= n; i += W) step(i, W, 0);
+  if (i < n) step(i, static_cast<int>(n - i), 1);
+  double sum = sum_lanes((s[0] + s[1]) + (s[2] + s[3]));
+  double sum_d = PAIRS ? sum_lanes((q[0] + q[1]) + (q[2] + q[3])) : 0;
+  if (PAIRS ? sizeof(A) == 4 && !(std::isfinite(sum) && std::isfinite(sum_d)) : lost<A>(sum)) {
+    sum = 0, sum_d = 0;
+    for (int64_t j = 0; j < n; ++j) {
+      const double v = to_double(x[j]), u = PAIRS ? to_double(g[j]) : v;
+      sum += PAIRS ? u : v * v;
+      if (PAIRS) sum_d += u * (v - m);
+    }
+  } else if (PAIRS) {
+    sum_d -= sum * (m - static_cast<double>(static_cast<A>(m)));
+  }
+  first += sum;
+  if (PAIRS) second += sum_d;
+}
+
+template <class T, bool PAIRS>
+int sums_of_runs(const Block& b, const T* x, const T* g, const double* m, double* first, double* second) {
+  const int64_t runs = b.K0 * b.R0 * b.K1, pieces = ceil_div(b.R1, PIECE), items = runs * pieces;
+  const int64_t group = max_of(1, TASK / min_of(b.R1, PIECE));
+  Buffer<double> parts;
+  const bool direct = b.R0 == 1 && pieces == 1;
+  if (!direct && !parts.allocate(2 * items)) return NO_MEMORY;
+  spread(runs * b.R1, ceil_div(items, group), [&](int64_t task) {
+    for (int64_t i = task * group; i < min_of(items, (task + 1) * group); ++i) {
+      const int64_t run = i / pieces, from = (i % pieces) * PIECE, at = run * b.R1 + from;
+      const int64_t k = run / (b.R0 * b.K1) * b.K1 + run % b.K1;
+      double s = 0, q = 0;
+      sum_run<T, PAIRS>(x + at, PAIRS ? g + at : nullptr, m ? m[k] : 0.0, min_of(PIECE, b.R1 - from), s, q);
+      double* to = direct ? first + k : parts.data + 2 * i;
+      *to = s;
+      if (PAIRS) *(direct ? second + k : parts.data + 2 * i + 1) = q;
+    }
+  });
+  if (direct) return OK;
+  for (int64_t k = 0; k < b.K0 * b.K1; ++k) {
+    double s = 0, q = 0;
+    for (int64_t r = 0; r < b.R0; ++r) {
+      const double* from = parts.data + 2 * pieces * ((k / b.K1 * b.R0 + r) * b.K1 + k % b.K1);
+      for (int64_t i = 0; i < pieces; ++i) {
+        s += from[2 * i];
+        if (PAIRS) q += from[2 * i + 1];
+      }
+    }
+    first[k] = s;
+    if (PAIRS) second[k] = q;
+  }
+  return OK;
+}
+
+// Rows of K1*R1 values, several in one where they are short.
+struct Rows {
+  int64_t length, size, width, rows, rest, block, parts;
+  explicit Rows(const Block& b) {
+    length = b.K1 * b.R1;
+    size = b.R0 * length;
+    int64_t q = 1;
+    while (q * length < 64) q *= 2;
+    if (q > b.R0) q = 1;
+    width = q * length;
+    rows = size / width;
+    rest = size % width;
+    block = max_of(4, min_of(256, 8192 / width));
+    parts = min_of(ceil_div(rows, block), max_of(1, min_of(64, size / PARALLEL)));
+  }
+  int64_t first_row(int64_t part) const { return min_of(rows, part * ceil_div(rows, block) / parts * block); }
+};
+
+template <class T, bool PAIRS>
+void sum_rows(const T* x, const T* g, const typename Tr<T>::A* m, int64_t many, int64_t pitch, int64_t width,
+              typename Tr<T>::A* s, typename Tr<T>::A* q) {
+  using V = typename Tr<T>::V;
+  int64_t r = 0;
+  for (; r + 4 <= many; r += 4)
+    vectors<T>(width, [&](int64_t j, int left) EVENLY_EACH {
+      const T* xs = x + r * pitch + j;
+      V v[4];
+      for (int i = 0; i < 4; ++i) v[i] = take(xs + i * pitch, left);
+      if constexpr (PAIRS) {
+        const T* gs = g + r * pitch + j;
+        const V mean = take(m + j, left);
+        V u[4];
+        for (int i = 0; i < 4; ++i) u[i] = take(gs + i * pitch, left);
+        put(s + j, take(s + j, left) + ((u[0] + u[1]) + (u[2] + u[3])), left);
+        put(q + j, take(q + j, left) + ((u[0] * (v[0] - mean) + u[1] * (v[1] - mean)) +
+                                        (u[2] * (v[2] - mean) + u[3] * (v[3] - mean))), left);
+      } else {
+        put(s + j, take(s + j, left) + ((v[0] * v[0] + v[1] * v[1]) + (v[2] * v[2] + v[3] * v[3])), left);
+      }
+    });
+  for (; r < many; ++r)
+    vectors<T>(width, [&](int64_t j, int left) EVENLY_EACH {
+      const V v = take(x + r * pitch + j, left);
+      if constexpr (PAIRS) {
+        const V u = take(g + r * pitch + j, left);
+        put(s + j, take(s + j, left) + u, left);
+        put(q + j, take(q + j, left) + u * (v - take(m + j, left)), left);
+      } else {
+        put(s + j, take(s + j, left) + v * v, left);
+      }
+    });
+}
+
+template <class T, bool PAIRS>
+int sums_of_rows(const Block& b, const T* x, const T* g, const double* m, double* first, double* second) {
+  using A = typename Tr<T>::A;
+  const Rows l(b);
+  const int64_t P = l.width, columns = 2 * l.length;
+  Buffer<double> all;  // [K0][parts][2][length]
+  if (l.parts > 1 && !all.allocate(b.K0 * l.parts * columns)) return NO_MEMORY;
+  std::atomic<int> status{OK};
+  auto fold = [&](int64_t k0, const double* from) {  // columns that share a statistic
+    for (int64_t k1 = 0; k1 < b.K1; ++k1) {
+      double s = 0, q = 0;
+      for (int64_t r = 0; r < b.R1; ++r) s += from[k1 * b.R1 + r], q += from[l.length + k1 * b.R1 + r];
+      first[k0 * b.K1 + k1] = s;
+      if (PAIRS) second[k0 * b.K1 + k1] = q;
+    }
+  };
+  const int64_t tasks = b.K0 * l.parts, group = max_of(1, TASK * l.parts / l.size);
+  spread(b.K0 * l.size, ceil_div(tasks, group), [&](int64_t some) {
+    Buffer<A> work;  // m, and the two sums
+    Buffer<double> own;
+    if (!work.allocate(3 * P) || !own.allocate(columns)) {
+      status.store(NO_MEMORY);
+      return;
+    }
+    for (int64_t task = some * group; task < min_of(tasks, (some + 1) * group); ++task) {
+      const int64_t k0 = task / l.parts, part = task % l.parts;
+      double* out = l.parts > 1 ? all.data + task * columns : own.data;
+      for (int64_t j = 0; j < columns; ++j) out[j] = 0;
+      if (PAIRS)
+        for (int64_t j = 0; j < P; ++j)
+          work.data[j] = static_cast<A>(m ? m[k0 * b.K1 + (j % l.length) / b.R1] : 0.0);
+      auto add = [&](int64_t row, int64_t many, int64_t width) {
+        const int64_t at = k0 * l.size + row * P;
+        A* s = work.data + P;
+        A* q = s + P;
+        for (int64_t j = 0; j < 2 * P; ++j) s[j] = 0;
+        sum_rows<T, PAIRS>(x + at, PAIRS ? g + at : nullptr, work.data, many, P, width, s, q);
+        for (int64_t j = 0; j < width; ++j) {
+          const int64_t c = j % l.length;
+          double sum = static_cast<double>(s[j]), sum_d = PAIRS ? static_cast<double>(q[j]) : 0;
+          const double mean = PAIRS && m ? m[k0 * b.K1 + c / b.R1] : 0.0;
+          if (PAIRS ? sizeof(A) == 4 && !(std::isfinite(sum) && std::isfinite(sum_d)) : lost<A>(sum)) {
+            sum = 0, sum_d = 0;
+            for (int64_t r = 0; r < many; ++r) {
+              const double v = to_double(x[at + r * P + j]), u = PAIRS ? to_double(g[at + r * P + j]) : v;
+              sum += PAIRS ? u : v * v;
+              if (PAIRS) sum_d += u * (v - mean);
+            }
+          } else if (PAIRS) {
+            sum_d -= sum * (mean - static_cast<double>(static_cast<A>(mean)));
+          }
+          out[c] += sum;
+          out[l.length + c] += sum_d;
+        }
+      };
+      for (int64_t row = l.first_row(part), end = l.first_row(part + 1); row < end; row += l.block)
+        add(row, min_of(l.block, end - row), P);
+      if (part == l.parts - 1 && l.rest) add(l.rows, 1, l.rest);
+      if (l.parts == 1) fold(k0, out);
+    }
+  });
+  if (status.load() != OK || l.parts == 1) return status.load();
+  for (int64_t k0 = 0; k0 < b.K0; ++k0) {
+    double* into = all.data + k0 * l.parts * columns;
+    for (int64_t i = 1; i < l.parts; ++i)
+      for (int64_t j = 0; j < columns; ++j) into[j] += into[i * columns + j];
+    fold(k0, into);
+  }
+  return OK;
+}
+
+inline bool by_rows(const Block& b) { return b.R0 > 1 && b.R1 < SHORT_RUN; }
+
+template <class T>
+int sums_of(const Block& b, const void* x, const void* g, const double* m, double* first, double* second) {
+  const T* xs = static_cast<const T*>(x);
+  const T* gs = static_cast<const T*>(g);
+  if (by_rows(b))
+    return g ? sums_of_rows<T, true>(b, xs, gs, m, first, second) : sums_of_rows<T, false>(b, xs, gs, m, first, second);
+  return g ? sums_of_runs<T, true>(b, xs, gs, m, first, second) : sums_of_runs<T, false>(b, xs, gs, m, first, second);
+}
+
+// ---- maps -----------------------------------------------------------------------------------------------------
+
+// What the loops need of a statistic: the mean in the type of the arithmetic, what rounding took from it in shift.
+template <class A>
+struct Factors {
+  A gain, m, slope, shift;
+  Factors(int64_t k, const double* g, const double* mean, const double* s, const double* b) {
+    const double exact = mean ? mean[k] : 0;
+    m = static_cast<A>(exact);
+    gain = static_cast<A>(g ? g[k] : 0);
+    slope = static_cast<A>(s[k]);
+    const double low = exact - static_cast<double>(m);
+    shift = static_cast<A>((b ? b[k] : 0) - (std::isfinite(low) ? low * s[k] : 0));
+  }
+};
+
+enum { SCALED = 0, COMBINED = 1, CLAMPED = 2, INSIDE = 3 };
+
+template <class T, int MODE>
+EVENLY_INLINE typename Tr<T>::V mapped(typename Tr<T>::V z, const T* g, typename Tr<T>::V gain, typename Tr<T>::V limit,
+                                       int left) {
+  using V = typename Tr<T>::V;
+  if constexpr (MODE == COMBINED) return z + take(g, left) * gain;
+  if constexpr (MODE == CLAMPED) return choose(z > limit, limit, choose(z < -limit, -limit, z));  // NaN stays
+  if constexpr (MODE == INSIDE) return choose((z <= limit) & (z >= -limit), take(g, left), V{});
+  return z;
+}
+
+template <class T, int MODE>
+int map_of(const Block& b, const T* x, const T* g, const double* gain, const double* m, const double* slope,
+           const double* shift, double most, T* y) {
+  using A = typename Tr<T>::A;
+  using V = typename Tr<T>::V;
+  constexpr bool PAIRS = MODE == COMBINED || MODE == INSIDE;
+  const V limit = splat(static_cast<A>(most));
+  const int64_t values = b.K0 * b.R0 * b.K1 * b.R1;
+  if (!by_rows(b)) {
+    const int64_t runs = b.K0 * b.R0 * b.K1, pieces = ceil_div(b.R1, TASK), items = runs * pieces;
+    const int64_t group = max_of(1, TASK / b.R1);
+    spread(values, ceil_div(items, group), [&](int64_t task) {
+      for (int64_t i = task * group; i < min_of(items, (task + 1) * group); ++i) {
+        const int64_t run = i / pieces, from = (i % pieces) * TASK, at = run * b.R1 + from;
+        const Factors<A> f(run / (b.R0 * b.K1) * b.K1 + run % b.K1, gain, m, slope, shift);
+        vectors<T>(min_of(TASK, b.R1 - from), [&](int64_t j, int left) EVENLY_EACH {
+          const V z = (take(x + at + j, left) - f.m) * f.slope + f.shift;
+          put(y + at + j, mapped<T, MODE>(z, PAIRS ? g + at + j : nullptr, splat(f.gain), limit, left), left);
+        });
+      }
+    });
+    return OK;
+  }
+  const Rows l(b);
+  const int64_t P = l.width, all = l.rows + (l.rest ? 1 : 0);
+  Buffer<A> work;  // [K0][4][P]: gain, m, slope, shift
+  if (!work.allocate(b.K0 * 4 * P)) return NO_MEMORY;
+  for (int64_t k0 = 0; k0 < b.K0; ++k0) {
+    A* w = work.data + k0 * 4 * P;
+    for (int64_t j = 0; j < P; ++j) {
+      const Factors<A> f(k0 * b.K1 + (j % l.length) / b.R1, gain, m, slope, shift);
+      w[j] = f.gain, w[P + j] = f.m, w[2 * P + j] = f.slope, w[3 * P + j] = f.shift;
+    }
+  }
+  const int64_t group = max_of(1, TASK / P), tasks = ceil_div(all, group);
+  spread(values, b.K0 * tasks, [&](int64_t task) {
+    const int64_t k0 = task / tasks, from = task % tasks * group;
+    const A* w = work.data + k0 * 4 * P;
+    for (int64_t r = from; r < min_of(all, from + group); ++r) {
+      const int64_t at = k0 * l.size + r * P;
+      vectors<T>(r < l.rows ? P : l.rest, [&](int64_t j, int left) EVENLY_EACH {
+        const V z = (take(x + at + j, left) - take(w + P + j, left)) * take(w + 2 * P + j, left) + take(w + 3 * P + j, left);
+        const V factor = MODE == COMBINED ? take(w + j, left) : V{};
+        put(y + at + j, mapped<T, MODE>(z, PAIRS ? g + at + j : nullptr, factor, limit, left), left);
+      });
+    }
+  });
+  return OK;
+}
+
+// ---- a linear recursion ---------------------------------------------------------------------------------------
+
+template <class S>
+int scan_of(int64_t steps, int64_t width, const S* a, double constant, const S* v, const S* start, S* before, S* last) {
+  spread(steps * width, ceil_div(width, STRIP), [&](int64_t task) {
+    double state[STRIP];
+    const int64_t from = task * STRIP, n = min_of(STRIP, width - from);
+    for (int64_t j = 0; j < n; ++j) state[j] = static_cast<double>(start[from + j]);
+    for (int64_t t = 0; t < steps; ++t) {
+      const int64_t at = t * width + from;
+      for (int64_t j = 0; j < n; ++j) before[at + j] = static_cast<S>(state[j]);
+      if (a)
+        for (int64_t j = 0; j < n; ++j) state[j] = static_cast<double>(a[at + j]) * state[j] + static_cast<double>(v[at + j]);
+      else
+        for (int64_t j = 0; j < n; ++j) state[j] = constant * state[j] + static_cast<double>(v[at + j]);
+    }
+    for (int64_t j = 0; j < n; ++j) last[from + j] = static_cast<S>(state[j]);
+  });
+  return OK;
+}
+
+// ---- groups of channels ---------------------------------------------------------------------------------------
+
+// 1 / sqrt(mean square + eps) of a group.
+template <class T>
+EVENLY_INLINE double group_scale(const T* x, int64_t n, double eps) {
+  using A = typename Tr<T>::A;
+  using V = typename Tr<T>::V;
+  constexpr int W = Tr<T>::W;
+  V s[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W)
+    for (int to = 0; to < 4; ++to) {
+      const V v = Tr<T>::load(x + i + to * W);
+      s[to] += v * v;
+    }
+  vectors<T>(n - i, [&](int64_t j, int left) EVENLY_EACH {
+    const V v = take(x + i + j, left);
+    s[0] += v * v;
+  });
+  double squares = sum_lanes((s[0] + s[1]) + (s[2] + s[3]));
+  // small squares that underflow are nothing beside an ordinary eps
+  if (sizeof(A) == 4 && (!(squares < 1e38) || (squares < 1e-25 && eps < 1e-28))) {
+    squares = 0;
+    for (int64_t j = 0; j < n; ++j) squares += to_double(x[j]) * to_double(x[j]);
+  }
+  return 1 / std::sqrt(squares / static_cast<double>(n) + eps);
+}
+
+// ---- power normalization --------------------------------------------------------------------------------------
+
+template <class T>
+class PowerPass {
+  using A = typename Tr<T>::A;
+  using V = typename Tr<T>::V;
+  static constexpr int MANY = 4;  // rows at a time
+
+ public:
+  explicit PowerPass(const Power& problem) : p(problem), C(p.channels), size(p.group ? p.group : C), G(C / size) {}
+
+  int forward() {
+    if (!prepare()) return NO_MEMORY;
+    double* phi = p.kept;
+    double* total = p.kept + C;
+    if (p.running) *p.steps += 1;
+    if (!p.exact) {
+      const void* source = p.running ? p.running : p.before;
+      for (int64_t j = 0; j < C; ++j) phi[j] = number_at(source, p.wdtype, j);
+      if (p.running)
+        for (int64_t j = 0; j < C; ++j) put_number(p.before, p.wdtype, j, phi[j]);
+    }
+    if (p.exact || *p.steps <= p.warmup) {
+      if (const int status = pass<SQUARES>()) return status;
+      for (int64_t j = 0; j < C; ++j) phi[j] = first.data[j] / static_cast<double>(p.rows);
+    }
+    for (int64_t j = 0; j < C; ++j) {
+      factors.data[j] = static_cast<A>(weight_at(j) / std::sqrt(phi[j] + p.eps));
+      factors.data[C + j] = static_cast<A>(p.bias ? number_at(p.bias, p.wdtype, j) : 0.0);
+    }
+    if (const int status = pass<FORWARD>()) return status;
+    for (int64_t j = 0; j < C; ++j) {
+      total[j] = first.data[j];
+      if (!p.running) continue;
+      const double square = total[j] / static_cast<double>(p.rows);
+      double moved = number_at(p.running, p.wdtype, j);
+      if (!p.exact && *p.steps < p.warmup) moved += (square - moved) / static_cast<double>(*p.steps);
+      put_number(p.running, p.wdtype, j, moved + (1 - p.alpha_fwd) * (square - moved));
+    }
+    return OK;
+  }
+
+  int backward() {
+    if (!prepare()) return NO_MEMORY;
+    const double* phi = p.kept;
+    const double* total = p.kept + C;
+    const double n = static_cast<double>(p.rows);
+    if (p.exact) {
+      if (const int status = pass<PAIRS>()) return status;
+    }
+    for (int64_t j = 0; j < C; ++j) {
+      const double inverse = 1 / std::sqrt(phi[j] + p.eps), back = p.batch ? 1 / std::sqrt(total[j] / n + p.eps) : inverse;
+      factors.data[j] = static_cast<A>(back * weight_at(j));
+      const double nu = p.exact ? weight_at(j) * second.data[j] * inverse / n : p.rate * number_at(p.state, p.wdtype, j);
+      factors.data[C + j] = static_cast<A>(nu * back);
+      factors.data[2 * C + j] = static_cast<A>(inverse);
+    }
+    if (p.out || !p.exact)
+      if (const int status = p.out ? pass<BACKWARD>() : pass<PAIRS>()) return status;
+    for (int64_t j = 0; j < C; ++j) {
+      const double inverse = 1 / std::sqrt(phi[j] + p.eps), dot = second.data[j] * inverse;
+      if (!p.exact) {
+        const double old = number_at(p.state, p.wdtype, j);
+        put_number(p.state, p.wdtype, j, old + (dot * weight_at(j) - p.rate * old * total[j] * inverse * inverse) / n);
+      }
+      if (p.dweight) put_number(p.dweight, p.wdtype, j, dot);
+      if (p.dbias) put_number(p.dbias, p.wdtype, j, first.data[j]);
+    }
+    return OK;
+  }
+
+ private:
+  enum { SQUARES, FORWARD, PAIRS, BACKWARD };
+
+  const Power& p;
+  int64_t C, size, G;
+  Buffer<A> factors;             // FORWARD: y = z*a + b; BACKWARD: the gradient of z is dy*a - (z*c)*b
+  Buffer<double> first, second;  // FORWARD, SQUARES: sum of z²; PAIRS, BACKWARD: sums of dy and of dy*z
+
+  bool prepare() { return factors.allocate(3 * C) && first.allocate(C) && second.allocate(C); }
+  double weight_at(int64_t j) const { return p.weight ? number_at(p.weight, p.wdtype, j) : 1.0; }
+
+  template <int MODE>
+  int pass() const {
+    const int64_t values = p.rows * C, parts = max_of(1, min_of(p.rows, min_of(64, values / PARALLEL)));
+    Buffer<double> all;
+    if (!all.zeros(parts * 2 * C)) return NO_MEMORY;
+    std::atomic<int> status{OK};
+    spread(values, parts, [&](int64_t part) {
+      Buffer<A> work;  // two sums, and two numbers a group and row
+      if (!work.zeros(2 * C + 2 * MANY * G)) return status.store(NO_MEMORY);
+      double* out = all.data + part * 2 * C;
+      const int64_t end = (part + 1) * p.rows / parts;
+      for (int64_t row = part * p.rows / parts; row < end;) {
+        const int64_t from = row, until = min_of(end, row + 64);
+        for (; row + MANY <= until; row += MANY) rows_of<MODE, MANY>(row, work.data);
+        for (; row < until; ++row) rows_of<MODE, 1>(row, work.data);
+        for (int64_t j = 0; j < (MODE >= PAIRS ? 2 : 1) * C; ++j) {
+          double sum = static_cast<double>(work.data[j]);
+          if (MODE < PAIRS && !p.group && lost<A>(sum)) {
+            sum = 0;
+            for (int64_t r = from; r < until; ++r) {
+              const double v = to_double(static_cast<const T*>(p.x)[r * C + j]);
+              sum += v * v;
+            }
+          }
+          out[j] += sum;
+          work.data[j] = 0;
+        }
+      }
+    });
+    if (status.load() != OK) return status.load();
+    for (int64_t j = 0; j < C; ++j) {
+      double s = 0, q = 0;
+      for (int64_t i = 0; i < parts; ++i) s += all.data[i * 2 * C + j], q += all.data[i * 2 * C + C + j];
+      first.data[j] = s, second.data[j] = q;
+    }
+    return OK;
+  }
+
+  template <int MODE, int R>
+  void rows_of(int64_t row, A* work) const {
+    if (p.group)
+      rows_of<MODE, R, true>(row, work);
+    else
+      rows_of<MODE, R, false>(row, work);
+  }
+
+  template <int MODE, int R, bool GROUPS>
+  void rows_of(int64_t row, A* work) const {
+    const T* x = static_cast<const T*>(p.x) + row * C;
+    const T* dy = static_cast<const T*>(p.dy) + (MODE >= PAIRS ? row * C : 0);
+    T* out = static_cast<T*>(p.out) + (p.out ? row * C : 0);
+    const A* a = factors.data;
+    const A* b = a + C;
+    const A* c = b + C;
+    A* root = work + 2 * C;  // [R][G]
+    A* along = root + MANY * G;
+    if constexpr (GROUPS)
+      for (int i = 0; i < R; ++i)
+        for (int64_t k = 0; k < G; ++k)
+          root[i * G + k] = static_cast<A>(group_scale(x + i * C + k * size, size, p.eps));
+    for (int64_t k = 0; k < G; ++k) {
+      A scale[R];
+      V dots[R] = {};
+      for (int i = 0; i < R; ++i) scale[i] = GROUPS ? root[i * G + k] : A(1);
+      vectors<T>(size, [&](int64_t at, int left) EVENLY_EACH {
+        const int64_t j = k * size + at;
+        V sum{}, pairs{}, one{}, two{}, three{};
+        if constexpr (MODE == FORWARD || MODE == BACKWARD) one = take(a + j, left), two = take(b + j, left);
+        if constexpr (MODE == BACKWARD) three = take(c + j, left);
+        for (int i = 0; i < R; ++i) {
+          V z = take(x + i * C + j, left);
+          if constexpr (GROUPS) z *= scale[i];
+          if constexpr (MODE == SQUARES || MODE == FORWARD) sum += z * z;
+          if constexpr (MODE == FORWARD) put(out + i * C + j, z * one + two, left);
+          if constexpr (MODE == PAIRS || MODE == BACKWARD) {
+            const V g = take(dy + i * C + j, left);
+            sum += g;
+            pairs += g * z;
+            if constexpr (MODE == BACKWARD) {
+              const V d = g * one - (z * three) * two;
+              if constexpr (GROUPS)
+                dots[i] += d * z;
+              else
+                put(out + i * C + j, d, left);
+            }
+          }
+        }
+        put(work + j, take(work + j, left) + sum, left);
+        if constexpr (MODE >= PAIRS) put(work + C + j, take(work + C + j, left) + pairs, left);
+      });
+      if constexpr (GROUPS && MODE == BACKWARD)
+        for (int i = 0; i < R; ++i) along[i * G + k] = static_cast<A>(sum_lanes(dots[i]) / static_cast<double>(size));
+    }
+    if constexpr (GROUPS && MODE == BACKWARD)  // through group scaling: (d - z * mean of d*z) * scale
+      for (int64_t k = 0; k < G; ++k)
+        vectors<T>(size, [&](int64_t at, int left) EVENLY_EACH {
+          const int64_t j = k * size + at;
+          const V one = take(a + j, left), two = take(b + j, left) * take(c + j, left);
+          for (int i = 0; i < R; ++i) {
+            const A scale = root[i * G + k];
+            const V z = take(x + i * C + j, left) * scale;
+            const V d = take(dy + i * C + j, left) * one - z * (two + along[i * G + k]);
+            put(out + i * C + j, d * scale, left);
+          }
+        });
+  }
+};
+
+// ---- online normalization -------------------------------------------------------------------------------------
+
+template <class T>
+class OnlinePass {
+  using A = typename Tr<T>::A;
+  using V = typename Tr<T>::V;
+
+ public:
+  explicit OnlinePass(const Online& problem)
+      : p(problem),
+        N(p.steps),
+        C(p.channels),
+        tile(max_of(1, min_of(N, TILE / C))),
+        strips(ceil_div(C, STRIP)),
+        rate_fwd(static_cast<A>(1 - p.alpha_fwd)),
+        gained(static_cast<A>(p.alpha_fwd * (1 - p.alpha_fwd))),
+        rate_bkw(static_cast<A>(1 - p.alpha_bkw)),
+        eps(static_cast<A>(p.eps)) {}
+
+  int forward() {
+    const void* mean = p.mean ? p.mean : p.mean_before;
+    const void* var = p.var ? p.var : p.var_before;
+    for (int64_t j = 0; j < C; ++j) p.kept[j] = number_at(mean, p.wdtype, j), p.kept[C + j] = number_at(var, p.wdtype, j);
+    if (p.mean)
+      for (int64_t j = 0; j < C; ++j) {
+        put_number(p.mean_before, p.wdtype, j, p.kept[j]);
+        put_number(p.var_before, p.wdtype, j, p.kept[C + j]);
+      }
+    if (!prepare(1)) return NO_MEMORY;
+    T* out = static_cast<T*>(p.out);
+    for (int64_t from = 0; from < N; from += tile) {
+      const int64_t to = min_of(N, from + tile);
+      spread(N * C, strips, [&](int64_t strip) { normalize<false>(strip, from, to); });
+      over_rows(from, to, [&](int64_t t) {
+        const A* z = tiles.data + (t - from) * C;
+        T* row = out + t * C;
+        const int64_t size = p.group ? p.group : C;
+        for (int64_t k = 0; k < C; k += size) {
+          const A scale = p.group ? static_cast<A>(group_scale(z + k, size, p.guard_eps)) : A(1);
+          vectors<T>(size, [&](int64_t j, int left) EVENLY_EACH { put(row + k + j, take(z + k + j, left) * scale, left); });
+        }
+      });
+    }
+    if (p.mean) {
+      state_to(p.mean, 0);
+      state_to(p.var, 2);
+    }
+    return OK;
+  }
+
+  int backward() {
+    if (!prepare(3) || !sums.zeros(2 * C) || !partial.zeros(2 * C)) return NO_MEMORY;
+    const T* dy = static_cast<const T*>(p.dy);
+    for (int64_t from = 0; from < N; from += tile) {
+      const int64_t to = min_of(N, from + tile);
+      spread(N * C, strips, [&](int64_t strip) { normalize<true>(strip, from, to); });
+      if (p.group)
+        over_rows(from, to, [&](int64_t t) { unguard(dy + t * C, (t - from) * C); });
+      spread(N * C, strips, [&](int64_t strip) { control(strip, from, to); });
+    }
+    for (int64_t j = 0; j < C; ++j) {
+      if (p.dweight) put_number(p.dweight, p.wdtype, j, sums.data[j]);
+      if (p.dbias) put_number(p.dbias, p.wdtype, j, sums.data[C + j]);
+    }
+    state_to(p.v, 4);
+    state_to(p.u, 6);
+    return OK;
+  }
+
+ private:
+  const Online& p;
+  int64_t N, C, tile, strips;
+  A rate_fwd, gained, rate_bkw, eps;
+  Buffer<A> state;    // [8][C]: mean, var, v, u, each followed by what rounding took from it
+  Buffer<A> affine;   // weight, bias
+  Buffer<A> tiles;    // forward: z; backward: y, 1/scale, and the gradient before the guard
+  Buffer<A> partial;  // gradients of weight and bias over a tile
+  Buffer<double> sums;
+
+  bool prepare(int64_t many) {
+    if (!state.zeros(8 * C) || !affine.allocate(2 * C) || !tiles.allocate(many * tile * C)) return false;
+    for (int64_t j = 0; j < C; ++j) {
+      affine.data[j] = static_cast<A>(p.weight ? number_at(p.weight, p.wdtype, j) : 1.0);
+      affine.data[C + j] = static_cast<A>(p.bias ? number_at(p.bias, p.wdtype, j) : 0.0);
+    }
+    state_from(p.kept, F64, 0);
+    state_from(p.kept + C, F64, 2);
+    if (many == 3) {
+      state_from(p.v, p.wdtype, 4);
+      state_from(p.u, p.wdtype, 6);
+    }
+    return true;
+  }
+  void state_from(const void* from, int dtype, int64_t slot) {
+    for (int64_t j = 0; j < C; ++j) {
+      const double exact = number_at(from, dtype, j);
+      const A high = static_cast<A>(exact);
+      const double low = exact - static_cast<double>(high);
+      state.data[slot * C + j] = high;
+      state.data[(slot + 1) * C + j] = std::isfinite(low) ? static_cast<A>(low) : A(0);
+    }
+  }
+  void state_to(void* to, int64_t slot) const {
+    for (int64_t j = 0; j < C; ++j) {
+      const double high = static_cast<double>(state.data[slot * C + j]);
+      put_number(to, p.wdtype, j, high + static_cast<double>(state.data[(slot + 1) * C + j]));
+    }
+  }
+
+  template <class F>
+  void over_rows(int64_t from, int64_t to, const F& f) const {
+    const int64_t group = max_of(1, TILE / 8 / C);
+    spread(N * C, ceil_div(to - from, group), [&](int64_t task) {
+      for (int64_t t = from + task * group; t < min_of(to, from + (task + 1) * group); ++t) f(t);
+    });
+  }
+
+  // state += step, with what rounding takes from it
+  EVENLY_INLINE static void advance(A* high, A* low, V step, int left) {
+    const V old = take(high, left), carried = step + take(low, left);
+    const V moved = old + carried;
+    put(high, moved, left);
+    put(low, carried - (moved - old), left);
+  }
+
+  // Forward: z into the tile. Backward: y and 1/scale, by the same recursion.
+  template <bool BACK>
+  void normalize(int64_t strip, int64_t from, int64_t to) const {
+    const int64_t first = strip * STRIP, n = min_of(STRIP, C - first);
+    A* m = state.data + first;
+    A* s = state.data + 2 * C + first;
+    const A* w = affine.data + first;
+    for (int64_t t = from; t < to; ++t) {
+      const T* x = static_cast<const T*>(p.x) + t * C + first;
+      A* y = tiles.data + (t - from) * C + first;
+      A* r = y + tile * C;
+      vectors<T>(n, [&](int64_t j, int left) EVENLY_EACH {
+        const V d = (take(x + j, left) - take(m + j, left)) - take(m + C + j, left);
+        const V var = take(s + j, left);
+        const V inverse = inverse_root(var + eps);
+        if constexpr (BACK) {
+          put(y + j, d * inverse, left);
+          put(r + j, inverse, left);
+        } else {
+          put(y + j, (d * inverse) * take(w + j, left) + take(w + C + j, left), left);
+        }
+        advance(m + j, m + C + j, d * rate_fwd, left);
+        advance(s + j, s + C + j, (d * gained) * d - var * rate_fwd, left);
+      });
+    }
+  }
+
+  // The gradient before layer scaling, of a row, into the third tile.
+  void unguard(const T* dy, int64_t at) const {
+    const A* y = tiles.data + at;
+    A* g = tiles.data + 2 * tile * C + at;
+    const A* w = affine.data;
+    const A* b = affine.data + C;
+    for (int64_t k = 0; k < C; k += p.group) {
+      V dots{};
+      vectors<T>(p.group, [&](int64_t i, int left) EVENLY_EACH {
+        const int64_t j = k + i;
+        V z = take(y + j, left) * take(w + j, left) + take(b + j, left);
+        put(g + j, z, left);
+        dots += z * take(dy + j, left);
+      });
+      const double scale = group_scale(g + k, p.group, p.guard_eps);
+      const double along = sum_lanes(dots) / static_cast<double>(p.group) * scale;  // mean of dy times the output
+      const A one = static_cast<A>(scale), two = static_cast<A>(along * scale * scale);
+      vectors<T>(p.group, [&](int64_t i, int left) EVENLY_EACH {
+        const int64_t j = k + i;
+        put(g + j, take(dy + j, left) * one - take(g + j, left) * two, left);
+      });
+    }
+  }
+
+  // The control process over a tile.
+  void control(int64_t strip, int64_t from, int64_t to) const {
+    const int64_t first = strip * STRIP, n = min_of(STRIP, C - first);
+    if (p.group)
+      control_rows(first, n, from, to, tiles.data + 2 * tile * C + first);
+    else
+      control_rows(first, n, from, to, static_cast<const T*>(p.dy) + from * C + first);
+    for (int64_t j = first; j < first + n; ++j)
+      for (int64_t k = j; k < 2 * C; k += C) {
+        sums.data[k] += static_cast<double>(partial.data[k]);
+        partial.data[k] = 0;
+      }
+  }
+
+  template <class S>
+  void control_rows(int64_t first, int64_t n, int64_t from, int64_t to, const S* grad) const {
+    A* v = state.data + 4 * C + first;
+    A* u = state.data + 6 * C + first;
+    A* dw = partial.data + first;
+    const A* w = affine.data + first;
+    for (int64_t t = from; t < to; ++t) {
+      const A* y = tiles.data + (t - from) * C + first;
+      const A* r = y + tile * C;
+      const S* g = grad + (t - from) * C;
+      T* dx = p.out ? static_cast<T*>(p.out) + t * C + first : nullptr;
+      vectors<T>(n, [&](int64_t j, int left) EVENLY_EACH {
+        const V value = take(y + j, left), inverse = take(r + j, left);
+        V tilde = take(g + j, left);
+        put(dw + j, take(dw + j, left) + tilde * value, left);
+        put(dw + C + j, take(dw + C + j, left) + tilde, left);
+        tilde = tilde * take(w + j, left) - take(v + j, left) * rate_bkw * value;
+        advance(v + j, v + C + j, tilde * value, left);
+        const V back = tilde * inverse - take(u + j, left) * rate_bkw;
+        advance(u + j, u + C + j, back, left);
+        if (dx) put(dx + j, back, left);
+      });
+    }
+  }
+};
+
+// ---- entry ----------------------------------------------------------------------------------------------------
+
+// f(T*) for the type of a dtype.
+template <class F>
+int with_type(int dtype, const F& f) {
+  switch (dtype) {
+    case F32:
+      return f(static_cast<float*>(nullptr));
+    case BF16:
+      return f(static_cast<bf16*>(nullptr));
+#ifndef EVENLY_FEW_TYPES  // the tests build two under sanitizers
+    case F64:
+      return f(static_cast<double*>(nullptr));
+    case F16:
+      return f(static_cast<f16*>(nullptr));
+#endif
+    default:
+      return UNSUPPORTED;
+  }
+}
+
+int sums(const Block& b, const void* x, const void* g, const double* m, double* first, double* second) {
+  return with_type(b.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    return sums_of<T>(b, x, g, m, first, second);
+  });
+}
+
+int combine(const Block& b, const void* x, const void* g, const double* gain, const double* m, const double* slope,
+            const double* shift, void* y) {
+  return with_type(b.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T* xs = static_cast<const T*>(x);
+    const T* gs = static_cast<const T*>(g);
+    T* to = static_cast<T*>(y);
+    return g ? map_of<T, COMBINED>(b, xs, gs, gain, m, slope, shift, 0, to)
+             : map_of<T, SCALED>(b, xs, gs, gain, m, slope, shift, 0, to);
+  });
+}
+
+int clip(const Block& b, const void* x, const void* g, const double* m, const double* slope, const double* shift,
+         double limit, void* out) {
+  return with_type(b.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T* xs = static_cast<const T*>(x);
+    const T* gs = static_cast<const T*>(g);
+    T* to = static_cast<T*>(out);
+    return g ? map_of<T, INSIDE>(b, xs, gs, nullptr, m, slope, shift, limit, to)
+             : map_of<T, CLAMPED>(b, xs, gs, nullptr, m, slope, shift, limit, to);
+  });
+}
+
+int scan(int dtype, int64_t steps, int64_t width, const void* a, double constant, const void* v, const void* start,
+         void* before, void* last) {
+  auto run = [&](auto* type) {
+    using S = std::remove_pointer_t<decltype(type)>;
+    return scan_of<S>(steps, width, static_cast<const S*>(a), constant, static_cast<const S*>(v),
+                      static_cast<const S*>(start), static_cast<S*>(before), static_cast<S*>(last));
+  };
+  if (dtype == F64) return run(static_cast<double*>(nullptr));
+  return dtype == F32 ? run(static_cast<float*>(nullptr)) : static_cast<int>(UNSUPPORTED);
+}
+
+int power_forward(const Power& p) {
+  return with_type(p.dtype, [&](auto* type) { return PowerPass<std::remove_pointer_t<decltype(type)>>(p).forward(); });
+}
+int power_backward(const Power& p) {
+  return with_type(p.dtype, [&](auto* type) { return PowerPass<std::remove_pointer_t<decltype(type)>>(p).backward(); });
+}
+int online_forward(const Online& p) {
+  return with_type(p.dtype, [&](auto* type) { return OnlinePass<std::remove_pointer_t<decltype(type)>>(p).forward(); });
+}
+int online_backward(const Online& p) {
+  return with_type(p.dtype, [&](auto* type) { return OnlinePass<std::remove_pointer_t<decltype(type)>>(p).backward(); });
+}
+
+}  // namespace
+}  // namespace EVENLY_ISA
+
+extern const Pieces EVENLY_TABLE;
+const Pieces EVENLY_TABLE = {EVENLY_ISA::sums,          EVENLY_ISA::combine,        EVENLY_ISA::clip,
+                             EVENLY_ISA::scan,          EVENLY_ISA::power_forward, EVENLY_ISA::power_backward,
+                             EVENLY_ISA::online_forward, EVENLY_ISA::online_backward};
+
+}  // namespace evenly
