@@ -744,6 +744,7 @@ void store_parameters(void* to, int dtype, int64_t first, int64_t many, const A*
 
 #include "runs.inl"
 #include "cols.inl"
+#include "masked.inl"
 
 // ---- entry ----------------------------------------------------------------------------------------------------
 
@@ -752,6 +753,7 @@ int forward_of(const Problem& p) {
   Geometry g;
   if (!plan(p, g)) return UNSUPPORTED;
   if (p.given) use_given<typename Tr<T>::A>(p);
+  if (is_masked(p)) return g.cols ? MaskedCols<T>(p, g).forward() : MaskedRuns<T>(p, g).forward();
   return g.cols ? Cols<T>(p, g).forward() : Runs<T>(p, g).forward();
 }
 
@@ -759,6 +761,7 @@ template <class T>
 int backward_of(const Problem& p) {
   Geometry g;
   if (!plan(p, g)) return UNSUPPORTED;
+  if (is_masked(p)) return g.cols ? MaskedCols<T>(p, g).backward() : MaskedRuns<T>(p, g).backward();
   return g.cols ? Cols<T>(p, g).backward() : Runs<T>(p, g).backward();
 }
 
