@@ -25,11 +25,12 @@ struct Flags {
   bool none, all;
 };
 
-inline Flags flags_of(const Problem& p, int64_t from, int64_t n, uint8_t* buffer) {
+__attribute__((noinline)) Flags flags_of(const Problem& p, int64_t from, int64_t n, uint8_t* buffer) {
   auto constant = [&](int value) -> Flags {
-    if (value && n <= STRIP) return {ones.at, false, true};
-    std::memset(buffer, value, static_cast<size_t>(n));
-    return {buffer, !value, value != 0};
+    if (!value) return {buffer, true, false};  // not read
+    if (n <= STRIP) return {ones.at, false, true};
+    std::memset(buffer, 1, static_cast<size_t>(n));
+    return {buffer, false, true};
   };
   if (!p.mask) return constant(1);
   if (p.mdiv == 1) {
