@@ -13,6 +13,7 @@ gradient of the output. A cell is *worse* if our error is above 1.05 times PyTor
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import platform
@@ -31,6 +32,8 @@ SHAPE = (16, 32, 24, 24)
 QUICK_SHAPE = (4, 8, 6, 6)
 GROUPS = 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+LAYOUTS = ("contiguous", "channels_last")
 
 
 def _outlier(z: Tensor) -> Tensor:
@@ -128,13 +131,15 @@ def definition(op: Operator, x: Tensor, w: Tensor | None, b: Tensor | None, eps:
     return v
 
 
-def cell(name: str, kind: str, dtype: torch.dtype, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Errors of one operator on one input in one dtype."""
+def cell(name: str, kind: str, dtype: torch.dtype, layout: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Errors of one operator on one input in one dtype and memory layout."""
     op, how = OPERATORS[name], INPUTS[kind]
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(shape, generator=generator, dtype=torch.float64)
     x = how.make(z).to(dtype)
     dy = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    if layout == "channels_last":
+        x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
     width = shape[1:2] if op.affine == "channel" else shape[1:]
     w = b = None
     if op.affine:
@@ -143,7 +148,7 @@ def cell(name: str, kind: str, dtype: torch.dtype, shape: tuple[int, ...]) -> di
     eps = how.eps if how.eps is not None else 1e-12 if op.norm else 1e-5
 
     def run(f: Callable[..., Tensor], wide: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
-        leaves = [t if t is None else (t.double() if wide else t).clone().requires_grad_() for t in (x, w, b)]
+        leaves = [t if t is None else (t.double() if wide else t).detach().clone().requires_grad_() for t in (x, w, b)]
         y = f(*leaves, eps)
         grads = torch.autograd.grad(y, [t for t in leaves if t is not None], dy.to(y.dtype))
         return y.detach(), grads[0], list(grads[1:])
@@ -156,7 +161,7 @@ def cell(name: str, kind: str, dtype: torch.dtype, shape: tuple[int, ...]) -> di
         off = float((found.double() - want).abs().max()) / (size or 1.0) / unit
         return off if math.isfinite(off) else math.inf
 
-    row: dict[str, Any] = {"operator": name, "input": kind, "dtype": str(dtype)[6:]}
+    row: dict[str, Any] = {"operator": name, "input": kind, "dtype": str(dtype)[6:], "layout": layout}
     found = {"evenly": run(op.ours, False), "torch": run(op.theirs, False)}
     for part, index in (("forward", 0), ("gradient of x", 1), ("gradient of weight and bias", 2)):
         if index == 2 and not exact[2]:
@@ -207,14 +212,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows = []
-    print(f"{'operator':10}{'input':28}{'dtype':10}" + "".join(f"{part:>30}" for part in PARTS))
-    print(f"{'':48}" + f"{'ours':>12}{'PyTorch':>10}{'ratio':>8}" * len(PARTS))
+    print(f"{'operator':10}{'input':28}{'dtype':10}{'layout':15}" + "".join(f"{part:>30}" for part in PARTS))
+    print(f"{'':63}" + f"{'ours':>12}{'PyTorch':>10}{'ratio':>8}" * len(PARTS))
     for dtype in DTYPES.values():
         for name in ("batch", "layer") if options.quick else OPERATORS:
-            for kind in INPUTS:
-                row = cell(name, kind, dtype, QUICK_SHAPE if options.quick else SHAPE)
+            for kind, layout in itertools.product(INPUTS, LAYOUTS):
+                row = cell(name, kind, dtype, layout, QUICK_SHAPE if options.quick else SHAPE)
                 rows.append(row)
-                line = f"{name:10}{kind:28}{row['dtype']:10}"
+                line = f"{name:10}{kind:28}{row['dtype']:10}{layout:15}"
                 for part in PARTS:
                     if part not in row:
                         continue

@@ -145,6 +145,9 @@ void masked_moments(const T* x, const uint8_t* flags, int64_t n, bool raw, Momen
     q += d * d;
   });
   const double s = sum_lanes(s0 + s1), ss = sum_lanes(q0 + q1);
+  if constexpr (sizeof(T) == 4)  // an outlier, see moments_block
+    if (count >= 256 && pack_lanes(q0 + q1 > splat(static_cast<A>(0.5 * ss))))
+      return moments_slow(x, 1, 0, n, raw, flags, out);
   if (sizeof(A) == 4 ? out_of_range(ss) : !std::isfinite(ss)) {
     const bool constant = ss == 0 && s == 0 && std::fabs(static_cast<double>(pivot)) > 1e-10;
     if (!constant) return moments_slow(x, 1, 0, n, raw, flags, out);
