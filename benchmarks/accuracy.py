@@ -4,9 +4,9 @@
     python benchmarks/accuracy.py --quick        # two operators on small input
     python benchmarks/accuracy.py --json out.json
 
-Both get the same values, rounded to the dtype, and are compared with the definition in float64. An error is the largest
-of all elements, over the largest exact value, in units of the dtype's spacing at 1 (``torch.finfo(dtype).eps``): half of
-one is the rounding of the largest value alone. The gradients are those of x, and of weight and bias, for one random
+Both get the same values, rounded to the dtype, and are compared with the definition in float64. An error is the
+largest of all elements, over the largest exact value, in units of the dtype's spacing at 1
+(``torch.finfo(dtype).eps``): half of one is the rounding of the largest value alone. The gradients are those of x, and of weight and bias, for one random
 gradient of the output. A cell is *worse* if our error is above 1.05 times PyTorch's and more than one unit above it.
 """
 
@@ -79,7 +79,8 @@ def _batch(x: Tensor, w: Tensor, b: Tensor, eps: float) -> Tensor:
 
 OPERATORS = {
     "batch": Operator(
-        lambda x, w, b, eps: evenly.normalize(x, "n c h w -> c", weight=w, bias=b, eps=eps), _batch, False, (0, 2, 3), "channel"
+        lambda x, w, b, eps: evenly.normalize(x, "n c h w -> c", weight=w, bias=b, eps=eps),
+        _batch, False, (0, 2, 3), "channel",
     ),
     "instance": Operator(
         lambda x, w, b, eps: evenly.normalize(x, "n c h w -> n c", weight=w, bias=b, affine="c", eps=eps),

@@ -117,7 +117,10 @@ class Entry(ABC):
         self.weight_shape = None if weight is None else weight.shape
         self.stats_dtype = reference.accumulate_dtype(x.dtype)
         self.mask = mask  # where the flag of a value lies, see lowering.mask_index
-        self.stats_shape = (_rows(options["scale"], x.dtype, masked=mask is not None), lowered.sizes[0] * lowered.sizes[2])
+        self.stats_shape = (
+            _rows(options["scale"], x.dtype, masked=mask is not None),
+            lowered.sizes[0] * lowered.sizes[2],
+        )
         # One number seen through strides of 0: to allocate like it is cheaper than from a shape and a dtype.
         self.stats_like = torch.empty(1, dtype=self.stats_dtype, device=x.device).expand(self.stats_shape)
         self.keeps = True  # statistics, from the forward pass to the backward pass
