@@ -6,8 +6,9 @@
 
 Both get the same values, rounded to the dtype, and are compared with the definition in float64. An error is the
 largest of all elements, over the largest exact value, in units of the dtype's spacing at 1
-(``torch.finfo(dtype).eps``): half of one is the rounding of the largest value alone. The gradients are those of x, and of weight and bias, for one random
-gradient of the output. A cell is *worse* if our error is above 1.05 times PyTorch's and more than one unit above it.
+(``torch.finfo(dtype).eps``): half of one is the rounding of the largest value alone. The gradients are those of x, and
+of weight and bias, for one random gradient of the output. A cell is *worse* if our error is above 1.05 times PyTorch's
+and more than one unit above it.
 """
 
 from __future__ import annotations
