@@ -247,8 +247,9 @@ def moments(
     _check_input(x, "moments")
     plan, groups = _plan(x, pattern, by, num_groups, sizes)
     mask = _checked_mask(mask, x)
-    if groups is None and not torch.compiler.is_compiling():
-        measured = operator.measure(x, plan, correction, mask)
+    # with a mask the same computation whether there is a gradient or not
+    if mask is None and groups is None and not torch.compiler.is_compiling():
+        measured = operator.measure(x, plan, correction)
         if measured is not None:
             return Moments(*measured)
     return Moments(*reference.measure(x, plan, mask=mask, groups=groups, correction=correction))
