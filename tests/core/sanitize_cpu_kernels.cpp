@@ -35,15 +35,30 @@ std::vector<unsigned char> filled(int64_t n, int dtype) {
   return bytes;
 }
 
-int run(Problem p, bool residual) {
+// outer, div and size of a mask that varies with everything, along a run, or not along it; none for 0
+std::vector<uint8_t> masked(Problem& p, int how) {
+  const int64_t n = p.K0 * p.R0 * p.K1 * p.R1;
+  p.mouter = n, p.mdiv = 1, p.msize = n;
+  if (how == 2) p.msize = p.R1;
+  if (how == 3) p.mdiv = p.K1 * p.R1, p.msize = p.K0 * p.R0;
+  if (how == 4) p.mouter = p.R0 * p.K1 * p.R1, p.msize = p.R1;
+  std::vector<uint8_t> mask(static_cast<size_t>(how == 4 ? p.K0 * p.R1 : p.msize));
+  for (auto& flag : mask) flag = generator() % 3 != 0;
+  return mask;
+}
+
+int run(Problem p, bool residual, int how) {
   const int64_t n = p.K0 * p.R0 * p.K1 * p.R1, K = p.K0 * p.K1;
   const int64_t bytes = kernels_portable.bits_bytes(p);
   if (bytes < 0) return 0;
   auto x = filled(n, p.dtype), dy = filled(n, p.dtype), r = filled(n, p.dtype);
   auto w = filled(p.wsize, p.wdtype), b = filled(p.wsize, p.wdtype);
   std::vector<unsigned char> y(x.size()), dx(x.size()), dr(x.size()), dw(w.size()), db(w.size());
-  std::vector<float> stats(static_cast<size_t>(3 * K)), mean(static_cast<size_t>(K)), var(static_cast<size_t>(K));
+  const bool five = how || p.scale >= SCALE_L1;
+  std::vector<float> stats(static_cast<size_t>((five ? 5 : 3) * K)), mean(static_cast<size_t>(K)), var(static_cast<size_t>(K));
   std::vector<uint8_t> bits(static_cast<size_t>(bytes));
+  const std::vector<uint8_t> mask = masked(p, how);
+  if (how) p.mask = mask.data();
   p.relu_bits = p.act == ACT_RELU && residual;
   p.x = x.data(), p.y = y.data(), p.stats = stats.data();
   p.mean_out = mean.data(), p.var_out = var.data();
@@ -82,15 +97,17 @@ int main() {
     for (int dtype : {F32, BF16})
       for (int act : {ACT_NONE, ACT_RELU, ACT_SILU, ACT_GELU})
         for (int residual : {0, 1})
-          for (int scale : {SCALE_NONE, SCALE_STD, SCALE_RMS, SCALE_L2}) {
+          for (int scale : {SCALE_NONE, SCALE_STD, SCALE_RMS, SCALE_L2, SCALE_L1, SCALE_MAX}) {
             Problem p{};
             p.K0 = s[0], p.R0 = s[1], p.K1 = s[2], p.R1 = s[3], p.wdiv = s[4], p.wsize = s[5];
             p.dtype = dtype, p.wdtype = done % 2 ? dtype : F32;
             p.act = act, p.scale = scale, p.center = scale != SCALE_RMS && scale != SCALE_L2;
             p.eps = 1e-5;
-            const int result = run(p, residual);
-            if (result < 0) return 1;
-            done += result;
+            for (int how : {0, 1 + done % 4}) {
+              const int result = run(p, residual, how);
+              if (result < 0) return 1;
+              done += result;
+            }
           }
   std::printf("%d problems\n", done);
   return 0;

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -21,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import evenly
-from evenly.core import recompute
+from evenly.core import kernels, recompute
 from evenly.core.kernels import cpu, operator, reference
 from evenly.core.kernels.lowering import block, dense_order, weight_index
 from evenly.core.patterns import bind
@@ -133,8 +135,6 @@ def leaves(case: Case, dtype: torch.dtype, seed: int, offset: int, residual: boo
     seed=st.integers(0, 99),
 )
 def test_against_float64(case, dtype, how, act, residual, offset, seed):
-    if how.get("scale") == "l2" and dtype == torch.float64:
-        how = {}
     if case.pattern in ("n d -> n d", "n d -> d") and (how.get("correction") or how.get("scale") == "l2"):
         how = {}
     if case.shape[0] == 1 and not how.get("center", True):
@@ -172,6 +172,158 @@ def test_against_float64(case, dtype, how, act, residual, offset, seed):
         slack = 40 if name in ("dw", "db") else 4
         error = (a.double() - e).abs().max()
         assert error <= slack * tolerance * (size + 1e-6), (name, float(error), float(size))
+
+
+NORMS = [{"scale": s, "center": c} for s in ("l1", "max", "l2") for c in (True, False)]
+
+
+def by_reference(x: Tensor, pattern: str, how: dict[str, object]) -> tuple[Tensor, evenly.Moments | None]:
+    """What the PyTorch reference computes of the same call."""
+    registered = kernels._backends[:]
+    kernels._backends.clear()
+    operator._quick.clear()
+    try:
+        out = evenly.normalize(x, pattern, **how)
+    finally:
+        kernels._backends.extend(registered)
+        operator._quick.clear()
+    return out if isinstance(out, tuple) else (out, None)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    case=st.sampled_from([c for c in CASES if c.pattern not in ("n d -> n d", "n d -> d")]),
+    dtype=st.sampled_from(DTYPES),
+    how=st.sampled_from(HOW + NORMS),
+    act=st.sampled_from([None, "relu", "silu", "gelu"]),
+    residual=st.booleans(),
+    carried=st.lists(st.booleans(), min_size=4, max_size=4),
+    share=st.sampled_from([None, 0.0, 0.3, 0.9]),
+    behind=st.sampled_from([float("nan"), float("inf"), 3.0]),
+    want_stats=st.booleans(),
+    offset=st.integers(0, 5),
+    seed=st.integers(0, 99),
+)
+def test_masks_and_norms_against_float64(
+    case, dtype, how, act, residual, carried, share, behind, want_stats, offset, seed
+):
+    """Forward, statistics and gradients as the reference in float64, whatever stands behind the mask."""
+    x, w, b, r, dy = leaves(case, dtype, seed, offset, residual)
+    mask = None
+    if share is not None:
+        shape = [n if c else 1 for n, c in zip(case.shape, carried, strict=False)]
+        mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < share
+        x = torch.where(mask, x, torch.full_like(x, behind)) if x.is_contiguous() else x.masked_fill(~mask, behind)
+    count = bind(case.pattern, x.shape).count if mask is None else evenly.moments(x, case.pattern, mask=mask).count
+    few = not isinstance(count, int) and bool((count == 1).any())
+    if few and how.get("center", True):  # x - mean is rounding, and so is what is made of it
+        how = {"center": False}
+    want_stats = want_stats and how.get("scale", "std") in ("std", "rms", None) and not how.get("correction")
+    leaf = [None if t is None else t.detach().requires_grad_() for t in (x, w, b, r)]
+    wide = [None if t is None else t.detach().double().requires_grad_() for t in leaf]
+    found = []
+    for t in (leaf, wide):
+        options = {
+            "weight": t[1], "bias": t[2], "affine": case.affine, "residual": t[3], "activation": act, "mask": mask,
+            "return_stats": want_stats, **how,
+        }  # fmt: skip
+        if t is leaf:
+            out = evenly.normalize(t[0], case.pattern, **options)
+            y, m = out if isinstance(out, tuple) else (out, None)
+            assert type(y.grad_fn).__name__ == "_NormalizeBackward" or case.last or case.affine == "c h w"
+        else:
+            y, m = by_reference(t[0], case.pattern, options)
+        outputs, seeds = [y], [dy.to(y.dtype)]
+        if m is not None:
+            outputs.append(m.var)
+            seeds.append(torch.linspace(-1, 1, m.var.numel()).reshape(m.var.shape).to(m.var.dtype))
+        found.append((y, m, torch.autograd.grad(outputs, [v for v in t if v is not None], seeds)))
+    (y, m, got), (want, n, wanted) = found
+    tolerance = TOLERANCE[dtype]
+    for name, a, e in [("y", y, want), *zip(("dx", "dw", "db", "dr"), got, wanted, strict=False)]:
+        size = e.abs().max() if name in ("y", "dr") else torch.maximum(e.abs().max(), dy.abs().max().double())
+        slack = 60 if name in ("dw", "db") else 8
+        assert (a.double() - e).abs().max() <= slack * tolerance * (size + 1e-6), name
+        if mask is not None and name in ("y", "dx", "dr"):
+            assert (a.masked_select(~mask.expand(a.shape)) == 0).all(), name
+    if m is not None:
+        for a, e in zip(m, n, strict=True):
+            torch.testing.assert_close(a.double(), e, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("pattern", ["n d -> n", "n d -> d", "n d -> "])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ties_of_the_largest_share_its_gradient(pattern, dtype):
+    """Small integers: the largest occurs often, with both signs."""
+    x = torch.randint(-3, 4, (40, 37), generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    dy = torch.randn(40, 37, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    for scale in ("max", "l1"):
+        how = {"scale": scale, "center": False}
+        y = evenly.normalize(x, pattern, **how)
+        assert type(y.grad_fn).__name__ == "_NormalizeBackward"
+        (got,) = torch.autograd.grad(y, x, dy)
+        wide = x.detach().double().requires_grad_()
+        (want,) = torch.autograd.grad(by_reference(wide, pattern, how)[0], wide, dy.double())
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5 if dtype == torch.float32 else 1e-13)
+
+
+@pytest.mark.parametrize("magnitude", [1e-200, 1e200, 1e300])
+@pytest.mark.parametrize("pattern", ["n d -> n", "n d -> d"])
+def test_norm_of_float64_neither_overflows_nor_vanishes(pattern, magnitude):
+    x = torch.randn(50, 60, dtype=torch.float64)
+    how = {"scale": "l2", "center": False, "eps": 0.0}
+    want = evenly.normalize(x, pattern, **how)
+    torch.testing.assert_close(evenly.normalize(x * magnitude, pattern, **how), want, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("how", [{}, {"scale": "l1"}, {"scale": "max"}], ids=str)
+def test_masked_bits_do_not_depend_on_the_number_of_threads(how, last):
+    torch.manual_seed(0)
+    x = torch.randn(6, 10, 60, 61)
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    mask = torch.rand(6, 1, 60, 61) < 0.7
+    before = torch.get_num_threads()
+    for pattern in ("n c h w -> c", "n c h w -> n", "n c h w -> "):
+        runs = []
+        try:
+            for threads in (1, 2, 3, 2, 1):
+                torch.set_num_threads(threads)
+                leaf, w = x.detach().clone().requires_grad_(), torch.linspace(0.5, 2, 10).requires_grad_()
+                y = evenly.normalize(leaf, pattern, weight=w, affine="c", activation="silu", mask=mask, **how)
+                runs.append((y.detach(), *torch.autograd.grad(y, (leaf, w), x.roll(1, 0))))
+        finally:
+            torch.set_num_threads(before)
+        for other in runs[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+def test_given_statistics_are_returned():
+    x, mean, var = torch.randn(5, 6, 7), torch.randn(6), torch.rand(6)
+    y, m = evenly.normalize(x, "n c l -> c", stats=(mean, var), return_stats=True)
+    assert torch.equal(m.mean, mean) and torch.equal(m.var, var) and (m.count == 35).all()
+    torch.testing.assert_close(y, (x - mean[:, None]) / (var[:, None] + 1e-5).sqrt())
+
+
+def test_second_derivative_with_a_mask():
+    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    r = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(4, 5) < 0.8
+    mask[:, :2] = True
+
+    def run(x, r):
+        return evenly.normalize(x, "n d -> n", residual=r, mask=mask, activation="silu")
+
+    assert torch.autograd.gradcheck(run, (x, r))
+    assert torch.autograd.gradgradcheck(run, (x, r))
+
+
+def test_benchmark_of_accuracy(monkeypatch, capsys, tmp_path):
+    script = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "accuracy.py"))
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", "--quick", "--json", str(tmp_path / "out.json")])
+    script["main"]()
+    assert "values of 1e20" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "out.json").read_text())["rows"]) == 48
 
 
 def reference_groups(case: Case, plan) -> tuple[tuple[int, ...], ...]:

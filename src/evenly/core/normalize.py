@@ -252,11 +252,13 @@ def moments(
     """
     _check_input(x, "moments")
     plan, groups = _plan(x, pattern, by, num_groups, sizes)
+    mask = _checked_mask(mask, x)
+    # with a mask the same computation whether there is a gradient or not
     if mask is None and groups is None and not torch.compiler.is_compiling():
         measured = operator.measure(x, plan, correction)
         if measured is not None:
             return Moments(*measured)
-    return Moments(*reference.measure(x, plan, mask=_checked_mask(mask, x), groups=groups, correction=correction))
+    return Moments(*reference.measure(x, plan, mask=mask, groups=groups, correction=correction))
 
 
 def check_scale(scale: str | None) -> None:

@@ -89,6 +89,6 @@ register(
         "cpu",
         _on("cpu"),
         operator.run,
-        "C++ kernels for contiguous and channels-last memory: std, rms and l2; first order",
+        "C++ kernels for contiguous and channels-last memory: every scale, masks; first order",
     )
 )

@@ -9,11 +9,13 @@ Layer normalization, instance normalization and weight standardization are ``(ro
 normalization is ``(1, N, C, HW)``, the same in channels-last memory ``(1, N·HW, C, 1)``, group normalization in
 channels-last memory ``(N, HW, G, C/G)``. Patterns that alternate more often are left to PyTorch.
 
-The weight of the element at offset ``o`` is ``weight[(o // wdiv) % wsize]``.
+The weight of the element at offset ``o`` is ``weight[(o // wdiv) % wsize]``; its flag in a mask is
+``mask[(o // outer) * size + (o // div) % size]``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from evenly.core.patterns import Plan
 
-__all__ = ["Block", "block", "dense_order", "weight_index"]
+__all__ = ["Block", "block", "dense_order", "laid_mask", "mask_index", "weight_index"]
 
 
 class Block(NamedTuple):
@@ -98,3 +100,53 @@ def weight_index(plan: Plan, order: Sequence[int], groups: Sequence[Sequence[int
     for axis in axes[start + len(carried) :]:
         wdiv = wdiv * plan.sizes[axis]
     return wdiv, wsize
+
+
+def mask_index(shape: Sequence[int], order: Sequence[int], mask_shape: Sequence[int]) -> tuple[int, int, int]:
+    """``(outer, div, size)`` of a mask that broadcasts to ``shape``, whose axes lie in memory in this order.
+
+    A mask of the outermost axes, of axes that are neighbours, or of both is not expanded; another one is, to a flag
+    for each value.
+
+    >>> mask_index((2, 3, 4, 5), (0, 1, 2, 3), (2, 1, 4, 5))  # images: a flag a pixel
+    (60, 1, 20)
+    >>> mask_index((2, 3, 4), (0, 1, 2), (2, 3, 1))  # tokens
+    (24, 4, 6)
+    """
+    carried = _carried(shape, order, mask_shape)
+    sizes = [shape[axis] for axis in order if shape[axis] != 1]
+    total = math.prod(sizes)
+    spans = _spans(carried)
+    if spans is None:
+        return total, 1, total
+    outermost, (start, end) = spans
+    div = math.prod(sizes[end:])
+    return math.prod(sizes[outermost:]), div, math.prod(sizes[start:end])
+
+
+def laid_mask(shape: Sequence[int], order: Sequence[int], mask: Tensor) -> Tensor:
+    """A mask in the order of memory, expanded where :func:`mask_index` says so."""
+    mask = mask.reshape([1] * (len(shape) - mask.ndim) + list(mask.shape))
+    if _spans(_carried(shape, order, mask.shape)) is None:
+        mask = mask.expand(list(shape))
+    return mask.permute(list(order)).contiguous()
+
+
+def _carried(shape: Sequence[int], order: Sequence[int], mask_shape: Sequence[int]) -> list[bool]:
+    """Of each axis in the order of memory that is not 1: does the mask vary along it."""
+    wide = [1] * (len(shape) - len(mask_shape)) + list(mask_shape)
+    return [wide[axis] != 1 for axis in order if shape[axis] != 1]
+
+
+def _spans(carried: list[bool]) -> tuple[int, tuple[int, int]] | None:
+    """How many outermost axes are carried before a gap, and the neighbours carried after it; None if there are more."""
+    changes = [i for i in range(1, len(carried)) if carried[i] != carried[i - 1]]
+    starts = ([0] if carried and carried[0] else []) + [i for i in changes if carried[i]]
+    ends = [i for i in changes if not carried[i]] + ([len(carried)] if carried and carried[-1] else [])
+    if not starts:
+        return 0, (len(carried), len(carried))
+    if len(starts) == 1:
+        return 0, (starts[0], ends[0])
+    if len(starts) == 2 and starts[0] == 0:
+        return ends[0], (starts[1], ends[1])
+    return None

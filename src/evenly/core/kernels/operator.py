@@ -25,7 +25,7 @@ from torch.autograd import forward_ad
 
 from evenly.core import recompute
 from evenly.core.kernels import reference
-from evenly.core.kernels.lowering import Block, block, dense_order, weight_index
+from evenly.core.kernels.lowering import Block, block, dense_order, laid_mask, mask_index, weight_index
 from evenly.core.kernels.reference import Call, Result
 from evenly.core.patterns import Plan, bind
 
@@ -47,7 +47,7 @@ __all__ = [
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3}
-SCALES = {None: 0, "std": 1, "rms": 2, "l2": 3}
+SCALES = {None: 0, "std": 1, "rms": 2, "l2": 3, "l1": 4, "max": 5}
 _PLAIN = (Tensor, torch.nn.Parameter)
 MEASURED: tuple[Tensor | None, Tensor | None] = (None, None)
 
@@ -76,6 +76,7 @@ class Entry(ABC):
         "device",
         "index",
         "keeps",
+        "mask",
         "natural",
         "on_cpu",
         "options",
@@ -103,6 +104,7 @@ class Entry(ABC):
         *,
         signs: bool,
         given: bool,
+        mask: tuple[int, int, int] | None = None,
     ) -> None:
         self.plan = plan
         self.order = order
@@ -116,7 +118,11 @@ class Entry(ABC):
         self.weight_dtype = None if weight is None else weight.dtype
         self.weight_shape = None if weight is None else weight.shape
         self.stats_dtype = reference.accumulate_dtype(x.dtype)
-        self.stats_shape = (3, lowered.sizes[0] * lowered.sizes[2])
+        self.mask = mask  # where the flag of a value lies, see lowering.mask_index
+        self.stats_shape = (
+            _rows(options["scale"], x.dtype, masked=mask is not None),
+            lowered.sizes[0] * lowered.sizes[2],
+        )
         # One number seen through strides of 0: to allocate like it is cheaper than from a shape and a dtype.
         self.stats_like = torch.empty(1, dtype=self.stats_dtype, device=x.device).expand(self.stats_shape)
         self.keeps = True  # statistics, from the forward pass to the backward pass
@@ -125,7 +131,7 @@ class Entry(ABC):
         # whether a statistic has the order of the right-hand side
         outputs = [axis for group in plan.resolved.outputs for axis in group]
         self.natural = outputs == sorted(outputs)
-        self.spec = (self, MEASURED, False, None)
+        self.spec = (self, MEASURED, False, None, None)
 
     @abstractmethod
     def forward(
@@ -139,8 +145,12 @@ class Entry(ABC):
         given: tuple[Tensor | None, Tensor | None] = MEASURED,
         moments: tuple[Tensor, Tensor] | None = None,
         running: tuple[Tensor, Tensor, float] | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """The output; ``stats``, ``bits`` and ``moments`` are filled, ``running`` moves towards what was measured."""
+        """The output; ``stats``, ``bits`` and ``moments`` are filled, ``running`` moves towards what was measured.
+
+        ``mask`` lies in memory in the order of ``x``; with it, the fourth row of ``stats`` is the count.
+        """
 
     def again(
         self,
@@ -168,11 +178,12 @@ class Entry(ABC):
         needs: tuple[bool, ...],
         dmean: Tensor | None = None,
         dvar: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of x, weight, bias and residual, those that are needed; without ``stats`` they are measured."""
 
     @abstractmethod
-    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def moments(self, x: Tensor, stats: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean and variance, flat."""
 
     @abstractmethod
@@ -197,6 +208,11 @@ class Entry(ABC):
     def flat(self, stat: Tensor, name: str) -> Tensor:
         """The inverse of :meth:`shaped`, in the dtype of statistics."""
         return self.plan.statistic_in(stat.to(self.stats_dtype), name).contiguous()
+
+
+def _rows(scale: str | None, dtype: torch.dtype, *, masked: bool) -> int:
+    """Rows of the statistics that are kept for the backward pass."""
+    return 5 if masked or scale in ("l1", "max") or (scale == "l2" and dtype == torch.float64) else 3
 
 
 class Unsupported(Exception):
@@ -239,12 +255,12 @@ def _static(x: Tensor, call: Call) -> bool:
     device = x.device
     if device.type not in _devices or x.dtype not in DTYPES or x.layout != torch.strided:
         return False
-    if call.scale not in SCALES or call.mask is not None or call.groups is not None:
+    if call.scale not in SCALES or call.groups is not None:
         return False
-    if call.scale == "l2" and x.dtype == torch.float64:
-        return False  # squares of float64 can overflow, and there is nothing wider
+    if call.mask is not None and (call.mask.device != device or call.mask.is_neg()):
+        return False
     given = call.mean is not None or call.var is not None
-    if given and call.want_stats:
+    if given and call.want_stats and (call.var is None or call.mask is not None):
         return False
     for stat in (call.mean, call.var):
         if stat is not None and (stat.requires_grad or stat.device != device):
@@ -277,6 +293,7 @@ def _entry(x: Tensor, plan: Plan, call: Call) -> Entry | None:
     first = call.weight if call.weight is not None else call.bias
     given = call.mean is not None or call.var is not None
     signs = call.activation == "relu" and call.residual is not None
+    where = None if call.mask is None else mask_index(x.shape, order, call.mask.shape)
     key = (
         order,
         x.dtype,
@@ -290,17 +307,26 @@ def _entry(x: Tensor, plan: Plan, call: Call) -> Entry | None:
         call.activation,
         signs,
         given,
+        where,
     )
     found = plan.cache.get(key, False)
     if found is not False:
         return found
-    entry = _build(x, plan, call, order, first, given=given, signs=signs)
+    entry = _build(x, plan, call, order, first, given=given, signs=signs, where=where)
     plan.cache[key] = entry
     return entry
 
 
 def _build(
-    x: Tensor, plan: Plan, call: Call, order: tuple[int, ...], first: Tensor | None, *, given: bool, signs: bool
+    x: Tensor,
+    plan: Plan,
+    call: Call,
+    order: tuple[int, ...],
+    first: Tensor | None,
+    *,
+    given: bool,
+    signs: bool,
+    where: tuple[int, int, int] | None = None,
 ) -> Entry | None:
     lowered = block(plan, order)
     if lowered is None or lowered.kept != tuple(sorted(lowered.kept)):
@@ -326,7 +352,7 @@ def _build(
     kind = _devices[x.device.type]()
     assert kind is not None
     try:
-        return kind(plan, order, lowered, index, x, first, options, signs=signs, given=given)
+        return kind(plan, order, lowered, index, x, first, options, signs=signs, given=given, mask=where)
     except Unsupported:
         return None
 
@@ -357,11 +383,20 @@ def run(x: Tensor, plan: Plan, call: Call) -> Result:
             None if call.mean is None or not call.center else entry.flat(call.mean, "mean"),
             None if call.var is None or call.scale is None else entry.flat(call.var, "var"),
         )
-    y, mean, var = _apply(entry, x, call.weight, call.bias, call.residual, given, call.want_stats)
+    measures = call.want_stats and given is MEASURED
+    mask = None if call.mask is None else laid_mask(x.shape, entry.order, call.mask)
+    out = _apply(entry, x, call.weight, call.bias, call.residual, given, measures, mask=mask)
+    y, mean, var = out[:3]
     if not call.want_stats:
         return Result(y, None, None, None)
-    mean, var = entry.shaped(mean), entry.shaped(var)
-    return Result(y, mean, var, torch.full_like(var, plan.count, requires_grad=False))
+    if measures:
+        mean, var = entry.shaped(mean), entry.shaped(var)
+    else:  # those that were given; gradients of them are left to PyTorch
+        assert call.var is not None
+        var = entry.shaped(entry.flat(call.var, "var"))
+        mean = torch.zeros_like(var) if call.mean is None else entry.shaped(entry.flat(call.mean, "mean"))
+    count = torch.full_like(var, plan.count, requires_grad=False) if mask is None else entry.shaped(out[3])
+    return Result(y, mean, var, count)
 
 
 def _apply(
@@ -373,7 +408,9 @@ def _apply(
     given: tuple[Tensor | None, Tensor | None] = MEASURED,
     want_stats: bool = False,
     running: tuple[Tensor, Tensor, float] | None = None,
+    mask: Tensor | None = None,
 ) -> Any:
+    """The output, mean and variance; with a mask and statistics the count too."""
     if weight is not None and not weight.is_contiguous():
         weight = weight.contiguous()
     if bias is not None and not bias.is_contiguous():
@@ -386,27 +423,37 @@ def _apply(
     ):
         spec = (
             entry.spec
-            if given is MEASURED and running is None and not want_stats
-            else (entry, given, want_stats, running)
+            if given is MEASURED and running is None and not want_stats and mask is None
+            else (entry, given, want_stats, running, mask)
         )
         out = _function(x, weight, bias, residual, spec)
         return out if want_stats else (out, None, None)
     if residual is not None:
         residual = entry.like(residual, x)
     if not want_stats:
-        return entry.forward(x, weight, bias, residual, None, None, given, None, running), None, None
+        return entry.forward(x, weight, bias, residual, None, None, given, None, running, mask), None, None
     moments = entry.empty_moments()
-    return (entry.forward(x, weight, bias, residual, None, None, given, moments, running), *moments)
+    if mask is None:
+        return (entry.forward(x, weight, bias, residual, None, None, given, moments, running), *moments)
+    stats = torch.empty_like(entry.stats_like)
+    y = entry.forward(x, weight, bias, residual, stats, None, given, moments, running, mask)
+    return y, *moments, stats[3]
 
 
-def measure(x: Tensor, plan: Plan, correction: float) -> tuple[Tensor, Tensor, Tensor] | None:
+def measure(
+    x: Tensor, plan: Plan, correction: float, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor] | None:
     """Mean, variance and count without gradient; None if no kernel takes the call."""
-    call = Call(scale=None, correction=correction, want_stats=True)
+    call = Call(scale=None, correction=correction, mask=mask, want_stats=True)
     if (_grad_enabled() and x.requires_grad) or not supports(x, plan, call):
         return None
     x = _dense(x)
     entry = _entry(x, plan, call)
     assert entry is not None
+    if mask is not None:
+        stats = torch.empty_like(entry.stats_like)
+        mean, var = entry.moments(x, stats, laid_mask(x.shape, entry.order, mask))
+        return entry.shaped(mean), entry.shaped(var), entry.shaped(stats[3])
     mean, var = (entry.shaped(stat) for stat in entry.moments(x))
     return mean, var, torch.full_like(var, plan.count)
 
@@ -531,9 +578,10 @@ class _Normalize(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, spec: Any
     ) -> Any:
-        entry, given, want_stats, running = ctx.spec = spec
+        entry, given, want_stats, running, mask = spec
+        ctx.spec = entry, given
         stats = torch.empty_like(entry.stats_like) if entry.keeps else None
-        if residual is None and not want_stats:
+        if residual is None and not want_stats and mask is None:
             # the usual call
             ctx.save_for_backward(x, weight, bias, stats)
             y = entry.forward(x, weight, bias, None, stats, None, given, None, running)
@@ -543,26 +591,33 @@ class _Normalize(torch.autograd.Function):
         bits = torch.empty(entry.signs, dtype=torch.uint8, device=entry.device) if entry.signs else None
         moments = entry.empty_moments() if want_stats else None
         laid = None if residual is None else entry.like(residual, x)
-        y = entry.forward(x, weight, bias, laid, stats, bits, given, moments, running)
+        y = entry.forward(x, weight, bias, laid, stats, bits, given, moments, running, mask)
         # Recomputing what the activation saw takes the residual; its sign alone is kept as bits.
         keep = residual if entry.activation is not None and bits is None else None
-        ctx.save_for_backward(x, weight, bias, stats, keep, bits)
-        if recompute.watching():
+        ctx.save_for_backward(x, weight, bias, stats, keep, bits, mask)
+        if mask is None and recompute.watching():
             _announce(entry, given, y, x, weight, bias, residual, stats)
         if moments is None:
             return y
         ctx.set_materialize_grads(False)
-        return (y, *moments)
+        if mask is None:
+            return (y, *moments)
+        assert stats is not None
+        count = stats[3].clone()
+        ctx.mark_non_differentiable(count)
+        return (y, *moments, count)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dmean: Tensor | None = None, dvar: Tensor | None = None) -> Any:
+    def backward(
+        ctx: Any, dy: Tensor | None, dmean: Tensor | None = None, dvar: Tensor | None = None, dcount: None = None
+    ) -> Any:
         saved = ctx.saved_tensors
         needs = ctx.needs_input_grad
         entry: Entry = ctx.spec[0]
         x, weight, bias, stats = saved[:4]
-        residual, bits = saved[4:] if len(saved) > 4 else (None, None)
+        residual, bits, mask = saved[4:] if len(saved) > 4 else (None, None, None)
         if _grad_enabled() or not _ordinary():
-            return (*_differentiable(ctx, (x, weight, bias, residual), bits, needs, dy, dmean, dvar), None)
+            return (*_differentiable(ctx, (x, weight, bias, residual), bits, mask, needs, dy, dmean, dvar), None)
         if dy is None:
             dy = torch.zeros_like(x)
         dy = entry.like(dy, x)
@@ -572,6 +627,8 @@ class _Normalize(torch.autograd.Function):
             dmean = dmean.contiguous()
         if dvar is not None:
             dvar = dvar.contiguous()
+        if mask is not None:
+            return (*entry.backward(dy, x, weight, bias, residual, stats, bits, needs, dmean, dvar, mask), None)
         return (*entry.backward(dy, x, weight, bias, residual, stats, bits, needs, dmean, dvar), None)
 
 
@@ -607,13 +664,14 @@ def _differentiable(
     ctx: Any,
     saved: tuple[Tensor | None, ...],
     bits: Tensor | None,
+    mask: Tensor | None,
     needs: tuple[bool, ...],
     dy: Tensor | None,
     dmean: Tensor | None,
     dvar: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """The gradients by PyTorch operators, so that they have derivatives themselves."""
-    entry, given, _, _ = ctx.spec
+    entry, given = ctx.spec
     x, _, _, residual = saved
     assert x is not None
     options = dict(entry.options)
@@ -626,6 +684,10 @@ def _differentiable(
         through = dy
     mean, var = given
     plan = entry.plan
+    if mask is not None:
+        mask = mask.permute([entry.order.index(axis) for axis in range(x.ndim)])
+        if through is not None:
+            through = torch.where(mask, through, through.new_zeros(()))
     with torch.enable_grad():
         # Views, so that one tensor in two places has a gradient for each.
         inputs = [None if t is None else t.view_as(t) for t in saved]
@@ -634,6 +696,7 @@ def _differentiable(
             weight=inputs[1],
             bias=inputs[2],
             residual=inputs[3],
+            mask=mask,
             mean=None if mean is None else entry.shaped(mean),
             var=None if var is None else entry.shaped(var),
             want_stats=dmean is not None or dvar is not None,
@@ -771,7 +834,7 @@ def _operator_fake(
         many = many * size
     dtype = reference.accumulate_dtype(x.dtype)
     kept = many if rest[-1] else 0
-    stats = x.new_empty((3, many), dtype=dtype)
+    stats = x.new_empty((_rows(rest[2] or None, x.dtype, masked=False), many), dtype=dtype)
     return torch.empty_like(x), stats, x.new_empty(kept, dtype=dtype), x.new_empty(kept, dtype=dtype)
 
 
@@ -871,6 +934,10 @@ def supports_compiled(x: Tensor, plan: Plan, call: Call) -> bool:
     """Whether the operator computes this call; asked while compiling, where sizes may be symbols."""
     if not _static(x, call) or not _served(x.device.type) or x.numel() == 0:
         return False
+    if call.mask is not None or (call.want_stats and (call.mean is not None or call.var is not None)):
+        return False
+    if x.device.type == "cuda" and (call.scale in ("l1", "max") or (call.scale == "l2" and x.dtype == torch.float64)):
+        return False  # as the constructor of its entries says
     order = tuple(range(x.ndim))
     lowered = block(plan, order)
     if lowered is None or lowered.kept != tuple(sorted(lowered.kept)):

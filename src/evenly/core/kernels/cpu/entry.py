@@ -36,8 +36,9 @@ class CpuEntry(Entry):
         *,
         signs: bool,
         given: bool,
+        mask: tuple[int, int, int] | None = None,
     ) -> None:
-        super().__init__(plan, order, lowered, index, x, weight, options, signs=signs, given=given)
+        super().__init__(plan, order, lowered, index, x, weight, options, signs=signs, given=given, mask=mask)
         module = cpu.extension()
         assert module is not None
         self.layout = module.Layout(
@@ -58,7 +59,7 @@ class CpuEntry(Entry):
             raise Unsupported
         self.signs = bits if signs else 0
         # A small input is in the cache: to measure it again costs less than a tensor of statistics.
-        self.keeps = given or signs or math.prod(self.shape) > _SMALL
+        self.keeps = given or signs or mask is not None or math.prod(self.shape) > _SMALL
 
     def forward(
         self,
@@ -71,11 +72,13 @@ class CpuEntry(Entry):
         given: tuple[Tensor | None, Tensor | None] = MEASURED,
         moments: tuple[Tensor, Tensor] | None = None,
         running: tuple[Tensor, Tensor, float] | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """The output; ``stats``, ``bits`` and ``moments`` are filled, ``running`` moves towards what was measured."""
         y = torch.empty_like(x)
         mean, var = given
-        status = self.layout.forward(
+        layout = self.layout if mask is None else self.layout.masked(mask.data_ptr(), *self.mask)
+        status = layout.forward(
             x.data_ptr(),
             y.data_ptr(),
             0 if stats is None else stats.data_ptr(),
@@ -121,10 +124,12 @@ class CpuEntry(Entry):
             raise MemoryError(_NO_MEMORY)
         return y
 
-    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def moments(self, x: Tensor, stats: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean and variance, flat."""
         mean, var = self.empty_moments()
-        if self.layout.forward(x.data_ptr(), 0, 0, 0, 0, 0, 0, 0, 0, mean.data_ptr(), var.data_ptr(), 0, 0, 0.0):
+        layout = self.layout if mask is None else self.layout.masked(mask.data_ptr(), *self.mask)
+        kept = 0 if stats is None else stats.data_ptr()
+        if layout.forward(x.data_ptr(), 0, kept, 0, 0, 0, 0, 0, 0, mean.data_ptr(), var.data_ptr(), 0, 0, 0.0):
             raise MemoryError(_NO_MEMORY)
         return mean, var
 
@@ -140,6 +145,7 @@ class CpuEntry(Entry):
         needs: tuple[bool, ...],
         dmean: Tensor | None = None,
         dvar: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of x, weight, bias and residual, those that are needed; without ``stats`` they are measured."""
         dx = torch.empty_like(x) if needs[0] else None
@@ -148,8 +154,9 @@ class CpuEntry(Entry):
         dresidual = None
         if needs[3]:
             # without an activation the gradient passes unchanged
-            dresidual = dy if self.activation is None else torch.empty_like(x)
-        status = self.layout.backward(
+            dresidual = dy if self.activation is None and mask is None else torch.empty_like(x)
+        layout = self.layout if mask is None else self.layout.masked(mask.data_ptr(), *self.mask)
+        status = layout.backward(
             dy.data_ptr(),
             x.data_ptr(),
             0 if stats is None else stats.data_ptr(),

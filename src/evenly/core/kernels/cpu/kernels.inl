@@ -718,6 +718,7 @@ void store_parameters(void* to, int dtype, int64_t first, int64_t many, const A*
 
 #include "runs.inl"
 #include "cols.inl"
+#include "masked.inl"
 
 // ---- entry ----------------------------------------------------------------------------------------------------
 
@@ -726,6 +727,7 @@ int forward_of(const Problem& p) {
   Geometry g;
   if (!plan(p, g)) return UNSUPPORTED;
   if (p.given && !p.ready) use_given<typename Tr<T>::A>(p);
+  if (is_masked(p)) return g.cols ? MaskedCols<T>(p, g).forward() : MaskedRuns<T>(p, g).forward();
   return g.cols ? Cols<T>(p, g).forward() : Runs<T>(p, g).forward();
 }
 
@@ -733,6 +735,7 @@ template <class T>
 int backward_of(const Problem& p) {
   Geometry g;
   if (!plan(p, g)) return UNSUPPORTED;
+  if (is_masked(p)) return g.cols ? MaskedCols<T>(p, g).backward() : MaskedRuns<T>(p, g).backward();
   return g.cols ? Cols<T>(p, g).backward() : Runs<T>(p, g).backward();
 }
 

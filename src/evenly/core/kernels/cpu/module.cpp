@@ -84,7 +84,15 @@ struct Layout {
     p.eps = eps, p.correction = correction;
   }
 
-  size_t stats_bytes() const { return static_cast<size_t>(3 * p.K0 * p.K1) * (p.dtype == F64 ? 8 : 4); }
+  int rows() const { return p.mask || p.scale >= SCALE_L2 ? 5 : 3; }
+  size_t stats_bytes() const { return static_cast<size_t>(rows() * p.K0 * p.K1) * (p.dtype == F64 ? 8 : 4); }
+
+  // The same problem with a mask, whose index is (o / outer) * size + (o / div) % size.
+  Layout masked(uintptr_t mask, int64_t outer, int64_t div, int64_t size) const {
+    Layout l = *this;
+    l.p.mask = at<uint8_t>(mask), l.p.mouter = outer, l.p.mdiv = div, l.p.msize = size;
+    return l;
+  }
 
   int forward(uintptr_t x, uintptr_t y, uintptr_t stats, uintptr_t weight, uintptr_t bias, uintptr_t residual,
               uintptr_t bits, uintptr_t mean_in, uintptr_t var_in, uintptr_t mean_out, uintptr_t var_out,
@@ -251,6 +259,7 @@ NB_MODULE(_kernels, m) {
   nb::class_<Layout>(m, "Layout")
       .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int, int, int, int, bool, bool, bool, double,
                     double>())
+      .def("masked", &Layout::masked)
       .def("forward", &Layout::forward)
       .def("again", &Layout::again)
       .def("backward", &Layout::backward)

@@ -2,7 +2,7 @@
 //
 // The input is a contiguous block of shape (K0, R0, K1, R1): K axes keep a statistic of their own, R axes are
 // reduced over. Element (k0, r0, k1, r1) lies at ((k0*R0 + r0)*K1 + k1)*R1 + r1. The weight of the element at
-// offset o is weight[(o / wdiv) % wsize].
+// offset o is weight[(o / wdiv) % wsize]; whether it counts is mask[(o / mouter) * msize + (o / mdiv) % msize].
 #pragma once
 
 #include <cstdint>
@@ -11,13 +11,14 @@ namespace evenly {
 
 enum Dtype : int { F32 = 0, F64 = 1, BF16 = 2, F16 = 3 };
 enum Act : int { ACT_NONE = 0, ACT_RELU = 1, ACT_SILU = 2, ACT_GELU = 3 };
-enum Scale : int { SCALE_NONE = 0, SCALE_STD = 1, SCALE_RMS = 2, SCALE_L2 = 3 };
+enum Scale : int { SCALE_NONE = 0, SCALE_STD = 1, SCALE_RMS = 2, SCALE_L2 = 3, SCALE_L1 = 4, SCALE_MAX = 5 };
 
 enum Status : int { OK = 0, UNSUPPORTED = 1, NO_MEMORY = 2 };
 
 struct Problem {
   int64_t K0, R0, K1, R1;
   int64_t wdiv, wsize;  // wsize = 0: neither weight nor bias
+  int64_t mouter, mdiv, msize;
   int dtype;            // of x, y, residual and their gradients
   int wdtype;           // of weight, bias and their gradients
   int act, scale;
@@ -31,10 +32,10 @@ struct Problem {
   const void* residual;  // may be null
   const void* weight;    // may be null
   const void* bias;      // may be null
-  const uint8_t* mask;   // may be null: one byte an element, zero: does not count
+  const uint8_t* mask;   // may be null; zero: does not count
 
   // Statistics in the accumulation type (float; double for double): [3][K0*K1], the mean rounded, the reciprocal
-  // of the scale, and what rounding took from the mean.
+  // of the scale, and what rounding took from the mean. Five rows with a mask or a norm of its own (masked.inl).
   void* stats;
   uint8_t* bits;
 

@@ -102,7 +102,11 @@ class CudaEntry(Entry):
         *,
         signs: bool,
         given: bool,
+        mask: tuple[int, int, int] | None = None,
     ) -> None:
+        scale = options["scale"]
+        if mask is not None or scale in ("l1", "max") or (scale == "l2" and x.dtype == torch.float64):
+            raise Unsupported
         super().__init__(plan, order, lowered, index, x, weight, options, signs=signs, given=given)
         k0, r0, k1, r1 = lowered.sizes
         self.given = given
@@ -183,13 +187,14 @@ class CudaEntry(Entry):
         given: tuple[Tensor | None, Tensor | None] = MEASURED,
         moments: tuple[Tensor, Tensor] | None = None,
         running: tuple[Tensor, Tensor, float] | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         y = torch.empty_like(x)
         with _on(x):
             self._forward(x, weight, bias, residual, y, stats, bits, given, moments, running)
         return y
 
-    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def moments(self, x: Tensor, stats: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         found = self.empty_moments()
         with _on(x):
             self._forward(x, None, None, None, None, None, None, MEASURED, found, None)
@@ -301,6 +306,7 @@ class CudaEntry(Entry):
         needs: tuple[bool, ...],
         dmean: Tensor | None = None,
         dvar: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         assert stats is not None  # keeps is True
         dx = torch.empty_like(x) if needs[0] else None
