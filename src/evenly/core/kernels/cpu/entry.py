@@ -77,7 +77,7 @@ class CpuEntry(Entry):
         """The output; ``stats``, ``bits`` and ``moments`` are filled, ``running`` moves towards what was measured."""
         y = torch.empty_like(x)
         mean, var = given
-        layout = self.layout if mask is None else self.layout.masked(mask.data_ptr(), *self.mask)
+        layout = self.layout if mask is None else self._masked(mask)
         status = layout.forward(
             x.data_ptr(),
             y.data_ptr(),
@@ -127,7 +127,7 @@ class CpuEntry(Entry):
     def moments(self, x: Tensor, stats: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean and variance, flat."""
         mean, var = self.empty_moments()
-        layout = self.layout if mask is None else self.layout.masked(mask.data_ptr(), *self.mask)
+        layout = self.layout if mask is None else self._masked(mask)
         kept = 0 if stats is None else stats.data_ptr()
         if layout.forward(x.data_ptr(), 0, kept, 0, 0, 0, 0, 0, 0, mean.data_ptr(), var.data_ptr(), 0, 0, 0.0):
             raise MemoryError(_NO_MEMORY)
@@ -155,7 +155,7 @@ class CpuEntry(Entry):
         if needs[3]:
             # without an activation the gradient passes unchanged
             dresidual = dy if self.activation is None and mask is None else torch.empty_like(x)
-        layout = self.layout if mask is None else self.layout.masked(mask.data_ptr(), *self.mask)
+        layout = self.layout if mask is None else self._masked(mask)
         status = layout.backward(
             dy.data_ptr(),
             x.data_ptr(),
@@ -174,6 +174,10 @@ class CpuEntry(Entry):
         if status:
             raise MemoryError(_NO_MEMORY)
         return dx, dweight, dbias, dresidual
+
+    def _masked(self, mask: Tensor) -> Any:
+        assert self.mask is not None
+        return self.layout.masked(mask.data_ptr(), *self.mask)
 
     def positive(self, bits: Tensor, x: Tensor) -> Tensor:
         """The sign bits as a boolean tensor of the shape of ``x``."""
