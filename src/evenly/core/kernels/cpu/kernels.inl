@@ -110,9 +110,10 @@ typename Tr<T>::A pivot_of(const T* p, int64_t nr, int64_t stride, int64_t len) 
 }
 
 // Sums of the deviations from a pivot of nr runs of len values, and of their squares. A lane adds up 32 values in its
-// own type, then goes on from zero: what it has is kept in double.
+// own type, then goes on from zero: what it has is kept in double. True: a lane has most of the sum, an outlier beside
+// which it lost the others.
 template <class T>
-void deviations(const T* p, int64_t nr, int64_t stride, int64_t len, typename Tr<T>::A pivot, double& s, double& ss) {
+bool deviations(const T* p, int64_t nr, int64_t stride, int64_t len, typename Tr<T>::A pivot, double& s, double& ss) {
   using X = Tr<T>;
   using A = typename X::A;
   using V = typename X::V;
@@ -158,6 +159,7 @@ void deviations(const T* p, int64_t nr, int64_t stride, int64_t len, typename Tr
   }
   settle();
   s = sum_lanes(total), ss = sum_lanes(squares);
+  return sizeof(T) == 4 && nr * len >= 256 && pack_lanes(squares > splat(0.8 * ss)) != 0;
 }
 
 // Merge the moments of nr runs of len values, stride apart. raw: sum of squares about zero.
@@ -167,14 +169,15 @@ void moments_block(const T* p, int64_t nr, int64_t stride, int64_t len, bool raw
   const double n = static_cast<double>(nr * len), inverse = 1 / n;
   A pivot = raw ? A(0) : pivot_of(p, nr, stride, len);
   double s, ss;
-  deviations(p, nr, stride, len, pivot, s, ss);
+  bool lonely = deviations(p, nr, stride, len, pivot, s, ss);
   if (!raw && s * s > 0.25 * n * ss) {  // the pivot was far from the mean
     const A moved = static_cast<A>(static_cast<double>(pivot) + s * inverse);
     if (std::isfinite(moved)) {
       pivot = moved;
-      deviations(p, nr, stride, len, pivot, s, ss);
+      lonely = deviations(p, nr, stride, len, pivot, s, ss);
     }
   }
+  if (lonely) return moments_slow(p, nr, stride, len, raw, nullptr, out);
   if (sizeof(A) == 4 ? out_of_range(ss) : !std::isfinite(ss)) {
     const bool constant = ss == 0 && s == 0 && to_double(p[0]) == pivot && to_double(p[len - 1]) == pivot;
     if (!constant) return moments_slow(p, nr, stride, len, raw, nullptr, out);
@@ -585,9 +588,12 @@ void reduce_run(const Run<T>& run, int64_t n, const Coefficients<T>& k, Sums<T>&
   }
   if (i < n) {
     const int left = static_cast<int>(n - i);
-    if (MIX && n >= W && !park) {  // the last W values, without those that have been added
+    if (MIX && n >= W) {  // the last W values, without those that have been added
       const V x = X::load(run.x + n - W);
       const V g = gradient<T, KIND, MODE>(run, nullptr, x, k, n - W, W);
+      if (park && sizeof(T) == sizeof(A)) put(park + n - W, g, W);
+      if (park && sizeof(T) != sizeof(A))  // before it, parked values may lie in another order
+        put(park + i, gradient<T, KIND, MODE>(run, nullptr, take(run.x + i, left), k, i, left), left);
       const auto fresh = ~first_lanes<A>(W - left);
       s1 += keep(fresh, g);
       q1 += keep(fresh, g * (x - k.m));
