@@ -257,7 +257,7 @@ def _static(x: Tensor, call: Call) -> bool:
         return False
     if call.scale not in SCALES or call.groups is not None:
         return False
-    if call.mask is not None and (call.mask.device != device or call.mask.is_neg()):
+    if call.mask is not None and call.mask.device != device:
         return False
     given = call.mean is not None or call.var is not None
     if given and call.want_stats and (call.var is None or call.mask is not None):

@@ -401,7 +401,7 @@ EVENLY_INLINE auto unpack_lanes<double>(unsigned bits) {
 EVENLY_INLINE vf exp_of(vf x) {
   const vf magic = splat(12582912.0f);
   vf t = x * 1.44269504088896341f + magic;
-  vi k = as<vi>(t) - as<vi>(magic);
+  vu k = as<vu>(t) - as<vu>(magic);  // any bits where the result is replaced below
   vf n = t - magic;
   vf r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
@@ -412,7 +412,7 @@ EVENLY_INLINE vf exp_of(vf x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  vf y = p * as<vf>((k + 127) << 23);
+  vf y = p * as<vf>((k + 127u) << 23);
   y = choose(as<vi>(x > splat(88.37626f)), splat(__builtin_inff()), y);
   return keep(~as<vi>(x < splat(-87.33654f)), y);
 }
