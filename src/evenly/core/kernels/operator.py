@@ -183,7 +183,7 @@ class Entry(ABC):
         """Gradients of x, weight, bias and residual, those that are needed; without ``stats`` they are measured."""
 
     @abstractmethod
-    def moments(self, x: Tensor, stats: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance, flat."""
 
     @abstractmethod
@@ -440,20 +440,14 @@ def _apply(
     return y, *moments, stats[3]
 
 
-def measure(
-    x: Tensor, plan: Plan, correction: float, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor] | None:
+def measure(x: Tensor, plan: Plan, correction: float) -> tuple[Tensor, Tensor, Tensor] | None:
     """Mean, variance and count without gradient; None if no kernel takes the call."""
-    call = Call(scale=None, correction=correction, mask=mask, want_stats=True)
+    call = Call(scale=None, correction=correction, want_stats=True)
     if (_grad_enabled() and x.requires_grad) or not supports(x, plan, call):
         return None
     x = _dense(x)
     entry = _entry(x, plan, call)
     assert entry is not None
-    if mask is not None:
-        stats = torch.empty_like(entry.stats_like)
-        mean, var = entry.moments(x, stats, laid_mask(x.shape, entry.order, mask))
-        return entry.shaped(mean), entry.shaped(var), entry.shaped(stats[3])
     mean, var = (entry.shaped(stat) for stat in entry.moments(x))
     return mean, var, torch.full_like(var, plan.count)
 
@@ -627,9 +621,7 @@ class _Normalize(torch.autograd.Function):
             dmean = dmean.contiguous()
         if dvar is not None:
             dvar = dvar.contiguous()
-        if mask is not None:
-            return (*entry.backward(dy, x, weight, bias, residual, stats, bits, needs, dmean, dvar, mask), None)
-        return (*entry.backward(dy, x, weight, bias, residual, stats, bits, needs, dmean, dvar), None)
+        return (*entry.backward(dy, x, weight, bias, residual, stats, bits, needs, dmean, dvar, mask), None)
 
 
 def _announce(

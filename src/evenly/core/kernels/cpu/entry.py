@@ -124,12 +124,10 @@ class CpuEntry(Entry):
             raise MemoryError(_NO_MEMORY)
         return y
 
-    def moments(self, x: Tensor, stats: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance, flat."""
         mean, var = self.empty_moments()
-        layout = self.layout if mask is None else self._masked(mask)
-        kept = 0 if stats is None else stats.data_ptr()
-        if layout.forward(x.data_ptr(), 0, kept, 0, 0, 0, 0, 0, 0, mean.data_ptr(), var.data_ptr(), 0, 0, 0.0):
+        if self.layout.forward(x.data_ptr(), 0, 0, 0, 0, 0, 0, 0, 0, mean.data_ptr(), var.data_ptr(), 0, 0, 0.0):
             raise MemoryError(_NO_MEMORY)
         return mean, var
 

@@ -194,7 +194,7 @@ class CudaEntry(Entry):
             self._forward(x, weight, bias, residual, y, stats, bits, given, moments, running)
         return y
 
-    def moments(self, x: Tensor, stats: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         found = self.empty_moments()
         with _on(x):
             self._forward(x, None, None, None, None, None, None, MEASURED, found, None)
