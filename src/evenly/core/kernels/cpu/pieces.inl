@@ -437,9 +437,9 @@ int scan_of(int64_t steps, int64_t width, const S* a, double constant, const S* 
 
 // ---- groups of channels ---------------------------------------------------------------------------------------
 
-// 1 / sqrt(mean square + eps) of a group.
+// The sum of squares of a group.
 template <class T>
-EVENLY_INLINE double group_scale(const T* x, int64_t n, double eps) {
+EVENLY_INLINE double group_squares(const T* x, int64_t n, double eps) {
   using A = typename Tr<T>::A;
   using V = typename Tr<T>::V;
   constexpr int W = Tr<T>::W;
@@ -460,7 +460,13 @@ EVENLY_INLINE double group_scale(const T* x, int64_t n, double eps) {
     squares = 0;
     for (int64_t j = 0; j < n; ++j) squares += to_double(x[j]) * to_double(x[j]);
   }
-  return 1 / std::sqrt(squares / static_cast<double>(n) + eps);
+  return squares;
+}
+
+// 1 / sqrt(mean square + eps) of a group.
+template <class T>
+EVENLY_INLINE double group_scale(const T* x, int64_t n, double eps) {
+  return 1 / std::sqrt(group_squares(x, n, eps) / static_cast<double>(n) + eps);
 }
 
 // ---- power normalization --------------------------------------------------------------------------------------
@@ -548,51 +554,63 @@ class PowerPass {
   template <int MODE>
   int pass() const {
     const int64_t values = p.rows * C, parts = max_of(1, min_of(p.rows, min_of(64, values / PARALLEL)));
+    constexpr int64_t SUMS = MODE >= PAIRS ? 2 : 1;
     Buffer<double> all;
-    if (!all.zeros(parts * 2 * C)) return NO_MEMORY;
+    if (!all.zeros(parts * SUMS * C)) return NO_MEMORY;
     std::atomic<int> status{OK};
     spread(values, parts, [&](int64_t part) {
-      Buffer<A> work;  // two sums, and two numbers a group and row
-      if (!work.zeros(2 * C + 2 * MANY * G)) return status.store(NO_MEMORY);
-      double* out = all.data + part * 2 * C;
+      Buffer<A> work;  // two sums, and a number a group and row
+      Buffer<double> squares;
+      if (!work.zeros(2 * C + MANY * G) || !squares.allocate(MANY * G)) return status.store(NO_MEMORY);
+      double* out = all.data + part * SUMS * C;
       const int64_t end = (part + 1) * p.rows / parts;
       for (int64_t row = part * p.rows / parts; row < end;) {
         const int64_t from = row, until = min_of(end, row + 64);
-        for (; row + MANY <= until; row += MANY) rows_of<MODE, MANY>(row, work.data);
-        for (; row < until; ++row) rows_of<MODE, 1>(row, work.data);
-        for (int64_t j = 0; j < (MODE >= PAIRS ? 2 : 1) * C; ++j) {
-          double sum = static_cast<double>(work.data[j]);
-          if (MODE < PAIRS && !p.group && lost<A>(sum)) {
-            sum = 0;
-            for (int64_t r = from; r < until; ++r) {
-              const double v = to_double(static_cast<const T*>(p.x)[r * C + j]);
-              sum += v * v;
-            }
-          }
-          out[j] += sum;
-          work.data[j] = 0;
+        for (; row + MANY <= until; row += MANY) rows_of<MODE, MANY>(row, work.data, squares.data);
+        for (; row < until; ++row) rows_of<MODE, 1>(row, work.data, squares.data);
+        bool some = false;
+        for (int64_t j = 0; j < SUMS * C; ++j) {
+          const double sum = static_cast<double>(work.data[j]);
+          const bool exact = MODE < PAIRS && !p.group && lost<A>(sum);
+          some |= exact;
+          out[j] += exact ? 0 : sum;
         }
+        if (some) again(from, until, work.data, out);
+        std::memset(work.data, 0, static_cast<size_t>(SUMS * C) * sizeof(A));
       }
     });
     if (status.load() != OK) return status.load();
-    for (int64_t j = 0; j < C; ++j) {
-      double s = 0, q = 0;
-      for (int64_t i = 0; i < parts; ++i) s += all.data[i * 2 * C + j], q += all.data[i * 2 * C + C + j];
-      first.data[j] = s, second.data[j] = q;
-    }
+    for (int64_t part = 0; part < parts; ++part)
+      for (int64_t j = 0; j < C; ++j) {
+        first.data[j] = (part ? first.data[j] : 0) + all.data[part * SUMS * C + j];
+        if (MODE >= PAIRS) second.data[j] = (part ? second.data[j] : 0) + all.data[part * SUMS * C + C + j];
+      }
     return OK;
   }
 
+  // Sums of squares that float could not hold, in double.
+  void again(int64_t from, int64_t until, const A* sums, double* out) const {
+    for (int64_t j = 0; j < C; ++j) {
+      if (!lost<A>(static_cast<double>(sums[j]))) continue;
+      double exact = 0;
+      for (int64_t r = from; r < until; ++r) {
+        const double v = to_double(static_cast<const T*>(p.x)[r * C + j]);
+        exact += v * v;
+      }
+      out[j] += exact;
+    }
+  }
+
   template <int MODE, int R>
-  void rows_of(int64_t row, A* work) const {
+  void rows_of(int64_t row, A* work, double* squares) const {
     if (p.group)
-      rows_of<MODE, R, true>(row, work);
+      rows_of<MODE, R, true>(row, work, squares);
     else
-      rows_of<MODE, R, false>(row, work);
+      rows_of<MODE, R, false>(row, work, squares);
   }
 
   template <int MODE, int R, bool GROUPS>
-  void rows_of(int64_t row, A* work) const {
+  void rows_of(int64_t row, A* work, double* squares) const {
     const T* x = static_cast<const T*>(p.x) + row * C;
     const T* dy = static_cast<const T*>(p.dy) + (MODE >= PAIRS ? row * C : 0);
     T* out = static_cast<T*>(p.out) + (p.out ? row * C : 0);
@@ -600,11 +618,14 @@ class PowerPass {
     const A* b = a + C;
     const A* c = b + C;
     A* root = work + 2 * C;  // [R][G]
-    A* along = root + MANY * G;
     if constexpr (GROUPS)
       for (int i = 0; i < R; ++i)
         for (int64_t k = 0; k < G; ++k)
-          root[i * G + k] = static_cast<A>(group_scale(x + i * C + k * size, size, p.eps));
+          squares[i * G + k] = group_squares(x + i * C + k * size, size, p.eps);
+    if constexpr (GROUPS) {
+      const double part = 1 / static_cast<double>(size);
+      for (int64_t i = 0; i < R * G; ++i) root[i] = static_cast<A>(1 / std::sqrt(squares[i] * part + p.eps));
+    }
     for (int64_t k = 0; k < G; ++k) {
       A scale[R];
       V dots[R] = {};
@@ -635,21 +656,20 @@ class PowerPass {
         put(work + j, take(work + j, left) + sum, left);
         if constexpr (MODE >= PAIRS) put(work + C + j, take(work + C + j, left) + pairs, left);
       });
-      if constexpr (GROUPS && MODE == BACKWARD)
-        for (int i = 0; i < R; ++i) along[i * G + k] = static_cast<A>(sum_lanes(dots[i]) / static_cast<double>(size));
-    }
-    if constexpr (GROUPS && MODE == BACKWARD)  // through group scaling: (d - z * mean of d*z) * scale
-      for (int64_t k = 0; k < G; ++k)
+      if constexpr (GROUPS && MODE == BACKWARD) {  // through group scaling: (d - z * mean of d*z) * scale
+        A along[R];
+        for (int i = 0; i < R; ++i) along[i] = static_cast<A>(sum_lanes(dots[i]) / static_cast<double>(size));
         vectors<T>(size, [&](int64_t at, int left) EVENLY_EACH {
           const int64_t j = k * size + at;
-          const V one = take(a + j, left), two = take(b + j, left) * take(c + j, left);
+          const V one = take(a + j, left), two = take(b + j, left), three = take(c + j, left);
           for (int i = 0; i < R; ++i) {
-            const A scale = root[i * G + k];
-            const V z = take(x + i * C + j, left) * scale;
-            const V d = take(dy + i * C + j, left) * one - z * (two + along[i * G + k]);
-            put(out + i * C + j, d * scale, left);
+            const V z = take(x + i * C + j, left) * scale[i];
+            const V d = take(dy + i * C + j, left) * one - ((z * three) * two + z * along[i]);
+            put(out + i * C + j, d * scale[i], left);
           }
         });
+      }
+    }
   }
 };
 
