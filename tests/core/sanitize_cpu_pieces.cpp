@@ -85,7 +85,22 @@ bool run_rows(int dtype, int64_t rows, int64_t channels, int64_t group) {
   o.dy = dy.data(), o.u = one.data(), o.v = two.data(), o.dweight = dw.data(), o.dbias = db.data();
   fine = fine && pieces_portable.online_backward(o) == OK;
   o.out = nullptr, o.weight = nullptr, o.bias = nullptr, o.dweight = nullptr, o.dbias = nullptr;
-  return fine && pieces_portable.online_backward(o) == OK;
+  fine = fine && pieces_portable.online_backward(o) == OK;
+  o.group = 0, o.limit = 1.5, o.out = out.data(), o.mean = nullptr, o.var = nullptr;
+  fine = fine && pieces_portable.online_forward(o) == OK && pieces_portable.online_backward(o) == OK;
+
+  auto m = numbers(rows * channels), s = numbers(rows * channels), results = numbers(5 * rows * channels);
+  OnlineNumbers f{};
+  f.wdtype = dtype, f.steps = rows, f.channels = channels, f.positions = 3, f.group = group;
+  f.alpha_fwd = 0.99, f.alpha_bkw = 0.9, f.eps = 1e-5, f.guard_eps = 1e-5;
+  f.m = m.data(), f.s = s.data(), f.weight = w.data(), f.bias = b.data(), f.out = results.data(), f.kept = kept.data();
+  f.mean = one.data(), f.var = two.data(), f.mean_before = three.data(), f.var_before = four.data();
+  fine = fine && pieces_portable.online_numbers(f) == OK;
+  f.mean = f.var = f.mean_before = f.var_before = nullptr;
+  fine = fine && pieces_portable.online_numbers(f) == OK;
+  f.total_g = m.data(), f.total_gd = s.data(), f.u = one.data(), f.v = two.data();
+  f.dweight = dw.data(), f.dbias = db.data();
+  return fine && pieces_portable.online_control(f) == OK;
 }
 
 }  // namespace

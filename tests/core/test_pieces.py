@@ -209,12 +209,25 @@ def randomized(layer):
 @pytest.mark.parametrize("name", LAYERS)
 def test_one_pass_is_the_layer(name, rows, groups, size, dtype, monkeypatch):
     """The kernels in this dtype against PyTorch's operators in float64."""
-    if name == "online, clamp" and dtype in (torch.bfloat16, torch.float16):
-        return  # a value is rounded before it is clamped, and may change sides
-    torch.manual_seed(0)
+    check_layer(LAYERS[name](groups * size, groups), (rows, groups * size), dtype, monkeypatch)
+
+
+@kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channel_dim", [1, -1])
+@pytest.mark.parametrize(("n", "groups", "size", "positions"), [(5, 2, 3, (7, 9)), (1, 1, 1, (2,)), (3, 4, 40, (3, 3))])
+@pytest.mark.parametrize("name", [name for name in LAYERS if name.startswith("online")])
+def test_online_normalization_of_images(name, n, groups, size, positions, channel_dim, dtype, monkeypatch):
+    """The same where the kernels are loops over numbers of samples and channels, and maps."""
     c = groups * size
-    batches = [((torch.randn(rows, c) * 2 + 1).to(dtype), torch.randn(rows, c).to(dtype)) for _ in range(3)]
-    layer = randomized(LAYERS[name](c, groups)).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    shape = (n, c, *positions) if channel_dim == 1 else (n, *positions, c)
+    check_layer(LAYERS[name](c, groups, channel_dim=channel_dim), shape, dtype, monkeypatch)
+
+
+def check_layer(layer, shape, dtype, monkeypatch):
+    torch.manual_seed(0)
+    batches = [((torch.randn(shape) * 2 + 1).to(dtype), torch.randn(shape).to(dtype)) for _ in range(3)]
+    layer = randomized(layer).to(torch.float64 if dtype == torch.float64 else torch.float32)
     exact = copy.deepcopy(layer).double()
     got = steps_of(layer, batches)
     monkeypatch.setattr(pieces, "available", lambda x: False)
@@ -237,6 +250,22 @@ def test_bits_do_not_depend_on_the_number_of_threads(name):
         for threads in (1, 2, 3, 1):
             torch.set_num_threads(threads)
             results.append(steps_of(copy.deepcopy(layer), batches))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(p, q) for p, q in zip(results[0], other, strict=True))
+
+
+@kernels
+def test_bits_of_images_do_not_depend_on_the_number_of_threads():
+    before = torch.get_num_threads()
+    torch.manual_seed(0)
+    batches = [(torch.randn(40, 264, 3, 3) * 2 + 1, torch.randn(40, 264, 3, 3)) for _ in range(2)]
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(steps_of(copy.deepcopy(LAYERS["online, groups"](264, 4)), batches))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:

@@ -21,9 +21,10 @@ After it come weight and bias, and a guard against activations that run away whi
 All four recursions are linear: :math:`μ, σ^2, u` with a constant coefficient, :math:`v` with the coefficient
 :math:`1 - (1 - α_b) \overline{y_t^2}`. They need only the moments of each sample and channel, so that a batch of N
 samples costs what batch normalization costs (one reduction and one map each way; layer scaling is part of both)
-plus scans over (N, C) numbers (:func:`evenly.core.kernels.pieces.scan`), which are exact. On (N, C) inputs, without
-positions, the scans are all of the cost: on a CPU there is one loop over the samples each way, vectorized over the
-channels, whose backward pass goes through the statistics again instead of keeping them.
+plus the recursions over (N, C) numbers, which are exact: loops in C++ on a CPU, scans elsewhere
+(:func:`evenly.core.kernels.pieces.scan`). On (N, C) inputs, without positions, the recursions are all of the cost: on
+a CPU there is one loop over the samples each way, vectorized over the channels. The backward pass goes through the
+statistics again instead of keeping them.
 
 Reference:
     Vitaliy Chiley, Ilya Sharapov, Atli Kosson, Urs Köster, Ryan Reece, Sofía Samaniego de la Fuente, Vishal Subbiah
@@ -188,11 +189,12 @@ class OnlineNorm(nn.Module):
             return self._guard(self._evaluate(x))
         if x.numel() == 0:
             return self._evaluate(x)
-        scaling = self.guard == "layer_scaling"
-        whole = self._pass(x) if x.numel() == x.shape[0] * self.num_features else None
+        whole = self._pass(x)
         if whole is not None:
-            y = _OnlinePass.apply(x, self.weight, self.bias, whole)
-            return y if scaling else self._guard(y)
+            if x.numel() == x.shape[0] * self.num_features:
+                return _OnlinePass.apply(x, self.weight, self.bias, whole)
+            return _OnlineMaps.apply(x, self.weight, self.bias, whole, _Layout.of(x.shape, self.channel_dim))
+        scaling, clamping = self.guard == "layer_scaling", self.guard == "activation_clamping"
         call = _Settings(
             _Layout.of(x.shape, self.channel_dim),
             self.alpha_fwd,
@@ -200,7 +202,7 @@ class OnlineNorm(nn.Module):
             self.eps,
             self.guard_eps if scaling else None,
             self.num_features if self.group_size == -1 else self.group_size,
-            self.clamp_value if self.guard == "activation_clamping" else None,
+            self.clamp_value if clamping else None,
         )
         again = recomputing()
         if not again:
@@ -217,7 +219,7 @@ class OnlineNorm(nn.Module):
         return y
 
     def _pass(self, x: Tensor) -> pieces.Online | None:
-        """The kernel that is the whole layer but clamping, for an input of one position."""
+        """The kernels of the layer, where they can compute."""
         buffers = self._buffers  # attributes of a module are slow to look up
         state = [buffers[name] for name in _STATE]
         if not pieces.fits(x, self.weight, self.bias, *state):
@@ -225,7 +227,9 @@ class OnlineNorm(nn.Module):
         group = 0
         if self.guard == "layer_scaling":
             group = self.num_features if self.group_size == -1 else self.group_size
-        return pieces.Online((self.alpha_fwd, self.alpha_bkw), self.eps, group, self.guard_eps, *state)  # type: ignore[arg-type]
+        limit = self.clamp_value if self.guard == "activation_clamping" else 0.0
+        decays = (self.alpha_fwd, self.alpha_bkw)
+        return pieces.Online(decays, self.eps, group, self.guard_eps, limit, *state)  # type: ignore[arg-type]
 
     def _evaluate(self, x: Tensor) -> Tensor:
         return normalize(
@@ -427,7 +431,7 @@ class _OnlinePass(torch.autograd.Function):
         y, kept = whole.forward(x if x.ndim == 2 else x.flatten(1), weight, bias, again=recomputing())
         ctx.save_for_backward(x, weight, bias, kept)
         ctx.whole = whole
-        return y.view(x.shape)
+        return y if x.ndim == 2 else y.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -437,7 +441,39 @@ class _OnlinePass(torch.autograd.Function):
         if x.ndim > 2:
             x, grad = x.flatten(1), grad.flatten(1)
         dx, dweight, dbias = ctx.whole.backward(grad, x, weight, bias, kept, wanted=wanted)
-        return None if dx is None else dx.view(shape), dweight, dbias, None
+        return dx if dx is None or x.ndim == len(shape) else dx.view(shape), dweight, dbias, None
+
+
+class _OnlineMaps(torch.autograd.Function):
+    """:class:`_OnlineFunction` with all that moves, and with its numbers from two loops instead of many operations."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, whole: pieces.Online, layout: _Layout
+    ) -> Tensor:
+        m, s, _ = moments(x, layout.pattern)
+        m, s = m.double().contiguous(), s.double().contiguous()
+        numbers, kept = whole.numbers(m, s, weight, bias, again=recomputing())
+        ctx.save_for_backward(x, weight, bias, m, s, kept)
+        ctx.whole, ctx.layout = whole, layout
+        gain, shift = numbers[2], numbers[3]
+        if whole.limit:
+            return pieces.clip(x, layout.kept, whole.limit, gain, shift, m)
+        return pieces.scale(x, layout.kept, gain, shift, m)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("OnlineNorm")
+        x, weight, bias, m, s, kept = ctx.saved_tensors
+        whole, layout = ctx.whole, ctx.layout
+        numbers, _ = whole.numbers(m, s, weight, bias, kept=kept)
+        slope, _, gain, shift, _ = numbers
+        if whole.limit:
+            grad = pieces.clip(x, layout.kept, whole.limit, gain, shift, m, grad=grad)
+        total_g, total_gd = pieces.sums_of_pairs(grad, x, layout.kept, m)
+        dweight, dbias = whole.control(numbers, total_g, total_gd, m, s, weight, bias, layout.positions)
+        dx = pieces.combine(grad, x, layout.kept, gain, slope, shift, m) if ctx.needs_input_grad[0] else None
+        return dx, dweight, dbias, None, None
 
 
 def _in_groups(values: Tensor, size: int) -> Tensor:

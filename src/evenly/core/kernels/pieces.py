@@ -57,7 +57,7 @@ def statistic_dtype(x: Tensor) -> torch.dtype:
 
 def available(x: Tensor) -> bool:
     """Whether the kernels compute on this tensor."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or type(x) not in _PLAIN or x.dtype not in DTYPES:
+    if type(x) not in _PLAIN or not x.is_cpu or x.dtype not in DTYPES or torch.compiler.is_compiling():
         return False
     return x.layout is torch.strided and x.numel() > 0 and _ordinary() and cpu.extension() is not None
 
@@ -414,16 +414,19 @@ class Power(NamedTuple):
 
 
 class Online(NamedTuple):
-    """Online normalization of (N, C) with its layer scaling in one loop over the samples each way.
+    """Online normalization with its guard, on tensors that :func:`fits` allows.
 
-    On tensors that :func:`fits` allows. :meth:`forward` moves ``mean`` and ``var``, :meth:`backward` the controllers
-    ``u`` and ``v``; it goes through the statistics again, in the same order.
+    Of (N, C), :meth:`forward` and :meth:`backward` are one loop over the samples each way: the first moves ``mean``
+    and ``var``, the second the controllers ``u`` and ``v``; it goes through the statistics again, in the same order.
+    Of inputs with several values a sample and channel, :meth:`numbers` and :meth:`control` work on (N, C) numbers:
+    what :func:`scale` and :func:`combine` then need.
 
     Attributes:
         decays: of the statistics and of the controllers.
         eps: added to the variance.
         group: channels that layer scaling scales together; 0: no layer scaling.
         guard_eps: added to the mean square of layer scaling.
+        limit: the output is clamped to ±``limit``; 0: it is not. Not together with layer scaling.
         mean, var: the statistics.
         mean_before, var_before: what they were before the last pass.
         u, v: the controllers.
@@ -433,12 +436,20 @@ class Online(NamedTuple):
     eps: float
     group: int
     guard_eps: float
+    limit: float
     mean: Tensor
     var: Tensor
     mean_before: Tensor
     var_before: Tensor
     u: Tensor
     v: Tensor
+
+    def _settings(self) -> tuple[int, float, float, float, float]:
+        return self.group, *self.decays, self.eps, self.guard_eps
+
+    def _statistics(self, again: bool) -> tuple[int, int, int, int]:
+        moved = (0, 0) if again else (self.mean.data_ptr(), self.var.data_ptr())
+        return *moved, self.mean_before.data_ptr(), self.var_before.data_ptr()
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, *, again: bool) -> tuple[Tensor, Tensor]:
         """The output, and what the backward pass needs; ``again``: a pass is recomputed, and moves nothing."""
@@ -449,19 +460,14 @@ class Online(NamedTuple):
                 DTYPES[x.dtype],
                 DTYPES[self.mean.dtype],
                 *x.shape,
-                self.group,
-                *self.decays,
-                self.eps,
-                self.guard_eps,
+                *self._settings(),
+                self.limit,
                 x.data_ptr(),
                 y.data_ptr(),
                 _at(weight),
                 _at(bias),
                 kept.data_ptr(),
-                0 if again else self.mean.data_ptr(),
-                0 if again else self.var.data_ptr(),
-                self.mean_before.data_ptr(),
-                self.var_before.data_ptr(),
+                *self._statistics(again),
             )
         )
         return y, kept
@@ -480,10 +486,8 @@ class Online(NamedTuple):
                 DTYPES[x.dtype],
                 DTYPES[self.mean.dtype],
                 *x.shape,
-                self.group,
-                *self.decays,
-                self.eps,
-                self.guard_eps,
+                *self._settings(),
+                self.limit,
                 x.data_ptr(),
                 _at(dx),
                 _at(weight),
@@ -497,6 +501,82 @@ class Online(NamedTuple):
             )
         )
         return dx, dweight, dbias
+
+    def numbers(
+        self,
+        m: Tensor,
+        s: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        *,
+        again: bool = False,
+        kept: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """What the output is made with, (5, N, C) with gain and shift at 2 and 3, and what the backward pass needs.
+
+        Args:
+            m, s: mean and variance of each sample and channel, (N, C), contiguous, float64.
+            weight, bias: parameters.
+            again: a pass is recomputed, and moves nothing.
+            kept: what the forward pass returned: go through it again, in the backward pass.
+        """
+        out = m.new_empty(5, *m.shape)
+        statistics = self._statistics(again) if kept is None else (0, 0, 0, 0)
+        kept = m.new_empty(2, m.shape[1]) if kept is None else kept
+        _checked(
+            _kernels().online_numbers(
+                DTYPES[self.mean.dtype],
+                *m.shape,
+                1,
+                *self._settings(),
+                m.data_ptr(),
+                s.data_ptr(),
+                _at(weight),
+                _at(bias),
+                out.data_ptr(),
+                kept.data_ptr(),
+                *statistics,
+            )
+        )
+        return out, kept
+
+    def control(
+        self,
+        numbers: Tensor,
+        total_g: Tensor,
+        total_gd: Tensor,
+        m: Tensor,
+        s: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        positions: int,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of weight and bias; ``numbers`` becomes slope, -, gain and shift of the input's gradient.
+
+        ``total_g`` and ``total_gd`` are the sums of the gradient and of it times x - m over the ``positions``.
+        """
+        dweight = None if weight is None else torch.empty_like(weight)
+        dbias = None if bias is None else torch.empty_like(bias)
+        _checked(
+            _kernels().online_control(
+                DTYPES[self.mean.dtype],
+                *m.shape,
+                positions,
+                *self._settings(),
+                m.data_ptr(),
+                s.data_ptr(),
+                _at(weight),
+                _at(bias),
+                numbers.data_ptr(),
+                total_g.data_ptr(),
+                total_gd.data_ptr(),
+                self.u.data_ptr(),
+                self.v.data_ptr(),
+                _at(dweight),
+                _at(dbias),
+            )
+        )
+        return dweight, dbias
 
 
 # ---- helpers --------------------------------------------------------------------------------------------------------

@@ -215,12 +215,12 @@ int power_backward(int dtype, int wdtype, int64_t rows, int64_t channels, int64_
 }
 
 Online online_of(int dtype, int wdtype, int64_t steps, int64_t channels, int64_t group, double alpha_fwd,
-                 double alpha_bkw, double eps, double guard_eps, uintptr_t x, uintptr_t out, uintptr_t weight,
+                 double alpha_bkw, double eps, double guard_eps, double limit, uintptr_t x, uintptr_t out, uintptr_t weight,
                  uintptr_t bias, uintptr_t kept) {
   Online p{};
   p.dtype = dtype, p.wdtype = wdtype;
   p.steps = steps, p.channels = channels, p.group = group;
-  p.alpha_fwd = alpha_fwd, p.alpha_bkw = alpha_bkw, p.eps = eps, p.guard_eps = guard_eps;
+  p.alpha_fwd = alpha_fwd, p.alpha_bkw = alpha_bkw, p.eps = eps, p.guard_eps = guard_eps, p.limit = limit;
   p.x = at<void>(x), p.out = at<void>(out), p.weight = at<void>(weight), p.bias = at<void>(bias);
   p.kept = at<double>(kept);
   expect_large(out, bytes_of(dtype, steps * channels));
@@ -228,11 +228,11 @@ Online online_of(int dtype, int wdtype, int64_t steps, int64_t channels, int64_t
 }
 
 int online_forward(int dtype, int wdtype, int64_t steps, int64_t channels, int64_t group, double alpha_fwd,
-                   double alpha_bkw, double eps, double guard_eps, uintptr_t x, uintptr_t out, uintptr_t weight,
+                   double alpha_bkw, double eps, double guard_eps, double limit, uintptr_t x, uintptr_t out, uintptr_t weight,
                    uintptr_t bias, uintptr_t kept, uintptr_t mean, uintptr_t var, uintptr_t mean_before,
                    uintptr_t var_before) {
   nb::gil_scoped_release unlocked;
-  Online p = online_of(dtype, wdtype, steps, channels, group, alpha_fwd, alpha_bkw, eps, guard_eps, x, out, weight,
+  Online p = online_of(dtype, wdtype, steps, channels, group, alpha_fwd, alpha_bkw, eps, guard_eps, limit, x, out, weight,
                        bias, kept);
   p.mean = at<void>(mean), p.var = at<void>(var);
   p.mean_before = at<void>(mean_before), p.var_before = at<void>(var_before);
@@ -240,15 +240,50 @@ int online_forward(int dtype, int wdtype, int64_t steps, int64_t channels, int64
 }
 
 int online_backward(int dtype, int wdtype, int64_t steps, int64_t channels, int64_t group, double alpha_fwd,
-                    double alpha_bkw, double eps, double guard_eps, uintptr_t x, uintptr_t out, uintptr_t weight,
+                    double alpha_bkw, double eps, double guard_eps, double limit, uintptr_t x, uintptr_t out, uintptr_t weight,
                     uintptr_t bias, uintptr_t kept, uintptr_t dy, uintptr_t u, uintptr_t v, uintptr_t dweight,
                     uintptr_t dbias) {
   nb::gil_scoped_release unlocked;
-  Online p = online_of(dtype, wdtype, steps, channels, group, alpha_fwd, alpha_bkw, eps, guard_eps, x, out, weight,
+  Online p = online_of(dtype, wdtype, steps, channels, group, alpha_fwd, alpha_bkw, eps, guard_eps, limit, x, out, weight,
                        bias, kept);
   p.dy = at<void>(dy), p.u = at<void>(u), p.v = at<void>(v);
   p.dweight = at<void>(dweight), p.dbias = at<void>(dbias);
   return chosen.pieces->online_backward(p);
+}
+
+OnlineNumbers numbers_of(int wdtype, int64_t steps, int64_t channels, int64_t positions, int64_t group, double alpha_fwd,
+                         double alpha_bkw, double eps, double guard_eps, uintptr_t m, uintptr_t s, uintptr_t weight,
+                         uintptr_t bias, uintptr_t out) {
+  OnlineNumbers p{};
+  p.wdtype = wdtype, p.steps = steps, p.channels = channels, p.positions = positions, p.group = group;
+  p.alpha_fwd = alpha_fwd, p.alpha_bkw = alpha_bkw, p.eps = eps, p.guard_eps = guard_eps;
+  p.m = at<double>(m), p.s = at<double>(s), p.weight = at<void>(weight), p.bias = at<void>(bias);
+  p.out = at<double>(out);
+  return p;
+}
+
+int online_numbers(int wdtype, int64_t steps, int64_t channels, int64_t positions, int64_t group, double alpha_fwd,
+                   double alpha_bkw, double eps, double guard_eps, uintptr_t m, uintptr_t s, uintptr_t weight,
+                   uintptr_t bias, uintptr_t out, uintptr_t kept, uintptr_t mean, uintptr_t var, uintptr_t mean_before,
+                   uintptr_t var_before) {
+  nb::gil_scoped_release unlocked;
+  OnlineNumbers p = numbers_of(wdtype, steps, channels, positions, group, alpha_fwd, alpha_bkw, eps, guard_eps, m, s,
+                               weight, bias, out);
+  p.kept = at<double>(kept), p.mean = at<void>(mean), p.var = at<void>(var);
+  p.mean_before = at<void>(mean_before), p.var_before = at<void>(var_before);
+  return chosen.pieces->online_numbers(p);
+}
+
+int online_control(int wdtype, int64_t steps, int64_t channels, int64_t positions, int64_t group, double alpha_fwd,
+                   double alpha_bkw, double eps, double guard_eps, uintptr_t m, uintptr_t s, uintptr_t weight,
+                   uintptr_t bias, uintptr_t out, uintptr_t total_g, uintptr_t total_gd, uintptr_t u, uintptr_t v,
+                   uintptr_t dweight, uintptr_t dbias) {
+  nb::gil_scoped_release unlocked;
+  OnlineNumbers p = numbers_of(wdtype, steps, channels, positions, group, alpha_fwd, alpha_bkw, eps, guard_eps, m, s,
+                               weight, bias, out);
+  p.total_g = at<double>(total_g), p.total_gd = at<double>(total_gd);
+  p.u = at<void>(u), p.v = at<void>(v), p.dweight = at<void>(dweight), p.dbias = at<void>(dbias);
+  return chosen.pieces->online_control(p);
 }
 
 }  // namespace
@@ -273,6 +308,8 @@ NB_MODULE(_kernels, m) {
   m.def("power_backward", &power_backward);
   m.def("online_forward", &online_forward);
   m.def("online_backward", &online_backward);
+  m.def("online_numbers", &online_numbers);
+  m.def("online_control", &online_control);
   m.def("isa", [] { return std::string(chosen.name); });
   m.def("threads", &thread_count);
   m.def("pool", [] { return std::string(pool_name()); });

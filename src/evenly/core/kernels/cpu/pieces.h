@@ -41,6 +41,7 @@ struct Online {
   int dtype, wdtype;
   int64_t steps, channels, group;  // group: channels that layer scaling scales together; 0: none
   double alpha_fwd, alpha_bkw, eps, guard_eps;
+  double limit;                    // clamp the output to [-limit, limit]; 0: do not
   const void* x;
   const void* dy;                  // backward
   void* out;                       // y; backward: dx, may be null
@@ -52,6 +53,26 @@ struct Online {
   // backward
   void *u, *v;                     // moved past the last step
   void *dweight, *dbias;           // may be null
+};
+
+// The numbers of online normalization of several values a sample and channel: one of each kind a sample and channel,
+// (steps, channels). With d the distance from the mean m of the sample, the output is gain*d + shift.
+struct OnlineNumbers {
+  int wdtype;
+  int64_t steps, channels, positions, group;  // group as above
+  double alpha_fwd, alpha_bkw, eps, guard_eps;
+  const double *m, *s;                   // mean and variance over positions
+  const void *weight, *bias;             // [channels], may be null
+  double* out;                           // [5][steps][channels]: 1/scale, the mean of the unit value, gain, shift,
+                                         // and the factor of layer scaling; control overwrites all but the gain
+  double* kept;                          // [2][channels]: mean and variance before the first step
+  // the statistics
+  void *mean, *var;                      // moved past the last step; null: a pass that is made again
+  void *mean_before, *var_before;        // what they were before the pass
+  // control: out[0] and out[3] become slope and shift, with dx = gain*dy + slope*d + shift
+  const double *total_g, *total_gd;      // sums of dy and of dy*d over positions
+  void *u, *v;                           // moved past the last step
+  void *dweight, *dbias;                 // may be null
 };
 
 struct Pieces {
@@ -70,6 +91,8 @@ struct Pieces {
   int (*power_backward)(const Power&);
   int (*online_forward)(const Online&);
   int (*online_backward)(const Online&);
+  int (*online_numbers)(const OnlineNumbers&);
+  int (*online_control)(const OnlineNumbers&);
 };
 extern const Pieces pieces_portable;
 #ifdef EVENLY_X86

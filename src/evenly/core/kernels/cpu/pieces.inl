@@ -29,7 +29,8 @@ constexpr int64_t TASK = 16384;       // values a task should have
 constexpr int64_t PARALLEL = 32768;   // fewer values than this: one thread
 constexpr int64_t SHORT_RUN = 32;     // shorter runs are treated as columns
 constexpr int64_t STRIP = 128;        // channels of a recursion that a task advances
-constexpr int64_t TILE = 16384;       // values of a tile of samples, which stays in cache between the phases
+constexpr int64_t TILE = 32768;       // values of a tile of samples, which stays in cache between the phases
+constexpr int64_t NEAR = 32;          // samples of a strip that stay in the first cache
 
 #include "common.inl"
 
@@ -51,6 +52,15 @@ EVENLY_INLINE void vectors(int64_t n, const F& f) {
   if (j < n) f(j, static_cast<int>(n - j));
 }
 #define EVENLY_EACH __attribute__((always_inline))
+
+// f(number of vectors, j, lanes): two full vectors at once, then one.
+template <class T, class F>
+EVENLY_INLINE void by_two(int64_t n, const F& f) {
+  constexpr int W = Tr<T>::W;
+  int64_t j = 0;
+  for (; j + 2 * W <= n; j += 2 * W) f(std::integral_constant<int, 2>{}, j, W);
+  for (; j < n; j += W) f(std::integral_constant<int, 1>{}, j, static_cast<int>(min_of(W, n - j)));
+}
 
 EVENLY_INLINE vf root_of(vf v) {
 #if defined(__AVX512F__)
@@ -96,33 +106,37 @@ EVENLY_INLINE bool lost(double squares) {
   return sizeof(A) == 4 && (!(squares < 1e38) || squares < 1e-25);
 }
 
-// Numbers of a dtype that is known when they are read.
-inline double number_at(const void* p, int dtype, int64_t i) {
+// f(S*) for the storage type S of a dtype.
+template <class F>
+void with_storage(int dtype, const F& f) {
   switch (dtype) {
     case F64:
-      return static_cast<const double*>(p)[i];
+      return f(static_cast<double*>(nullptr));
     case BF16:
-      return to_double(static_cast<const bf16*>(p)[i]);
+      return f(static_cast<bf16*>(nullptr));
     case F16:
-      return to_double(static_cast<const f16*>(p)[i]);
+      return f(static_cast<f16*>(nullptr));
     default:
-      return static_cast<const float*>(p)[i];
+      return f(static_cast<float*>(nullptr));
   }
 }
-inline void put_number(void* p, int dtype, int64_t i, double v) {
-  switch (dtype) {
-    case F64:
-      static_cast<double*>(p)[i] = v;
-      return;
-    case BF16:
-      static_cast<bf16*>(p)[i] = from_double<bf16>(v);
-      return;
-    case F16:
-      static_cast<f16*>(p)[i] = from_double<f16>(v);
-      return;
-    default:
-      static_cast<float*>(p)[i] = static_cast<float>(v);
+// Numbers of a dtype that is known when they are read; null: all are `other`.
+inline void read_numbers(const void* from, int dtype, int64_t n, double* to, double other = 0) {
+  if (!from) {
+    for (int64_t j = 0; j < n; ++j) to[j] = other;
+    return;
   }
+  with_storage(dtype, [&](auto* type) {
+    using S = std::remove_pointer_t<decltype(type)>;
+    for (int64_t j = 0; j < n; ++j) to[j] = to_double(static_cast<const S*>(from)[j]);
+  });
+}
+inline void write_numbers(void* to, int dtype, int64_t n, const double* from) {
+  if (!to) return;
+  with_storage(dtype, [&](auto* type) {
+    using S = std::remove_pointer_t<decltype(type)>;
+    for (int64_t j = 0; j < n; ++j) static_cast<S*>(to)[j] = from_double<S>(from[j]);
+  });
 }
 
 // ---- sums -----------------------------------------------------------------------------------------------------
@@ -484,30 +498,33 @@ class PowerPass {
     if (!prepare()) return NO_MEMORY;
     double* phi = p.kept;
     double* total = p.kept + C;
+    double* state = numbers.data + C;
+    double* bias = numbers.data + 2 * C;
+    read_numbers(p.running ? p.running : p.before, p.wdtype, C, state, 1.0);
+    read_numbers(p.bias, p.wdtype, C, bias);
     if (p.running) *p.steps += 1;
     if (!p.exact) {
-      const void* source = p.running ? p.running : p.before;
-      for (int64_t j = 0; j < C; ++j) phi[j] = number_at(source, p.wdtype, j);
-      if (p.running)
-        for (int64_t j = 0; j < C; ++j) put_number(p.before, p.wdtype, j, phi[j]);
+      std::memcpy(phi, state, static_cast<size_t>(C) * sizeof(double));
+      if (p.running) write_numbers(p.before, p.wdtype, C, state);
     }
     if (p.exact || *p.steps <= p.warmup) {
       if (const int status = pass<SQUARES>()) return status;
       for (int64_t j = 0; j < C; ++j) phi[j] = first.data[j] / static_cast<double>(p.rows);
     }
     for (int64_t j = 0; j < C; ++j) {
-      factors.data[j] = static_cast<A>(weight_at(j) / std::sqrt(phi[j] + p.eps));
-      factors.data[C + j] = static_cast<A>(p.bias ? number_at(p.bias, p.wdtype, j) : 0.0);
+      factors.data[j] = static_cast<A>(numbers.data[j] / std::sqrt(phi[j] + p.eps));
+      factors.data[C + j] = static_cast<A>(bias[j]);
     }
     if (const int status = pass<FORWARD>()) return status;
+    std::memcpy(total, first.data, static_cast<size_t>(C) * sizeof(double));
+    if (!p.running) return OK;
     for (int64_t j = 0; j < C; ++j) {
-      total[j] = first.data[j];
-      if (!p.running) continue;
       const double square = total[j] / static_cast<double>(p.rows);
-      double moved = number_at(p.running, p.wdtype, j);
+      double moved = state[j];
       if (!p.exact && *p.steps < p.warmup) moved += (square - moved) / static_cast<double>(*p.steps);
-      put_number(p.running, p.wdtype, j, moved + (1 - p.alpha_fwd) * (square - moved));
+      state[j] = moved + (1 - p.alpha_fwd) * (square - moved);
     }
+    write_numbers(p.running, p.wdtype, C, state);
     return OK;
   }
 
@@ -516,27 +533,31 @@ class PowerPass {
     const double* phi = p.kept;
     const double* total = p.kept + C;
     const double n = static_cast<double>(p.rows);
+    double* state = numbers.data + C;
+    double* dots = numbers.data + 2 * C;
     if (p.exact) {
       if (const int status = pass<PAIRS>()) return status;
+    } else {
+      read_numbers(p.state, p.wdtype, C, state);
     }
     for (int64_t j = 0; j < C; ++j) {
-      const double inverse = 1 / std::sqrt(phi[j] + p.eps), back = p.batch ? 1 / std::sqrt(total[j] / n + p.eps) : inverse;
-      factors.data[j] = static_cast<A>(back * weight_at(j));
-      const double nu = p.exact ? weight_at(j) * second.data[j] * inverse / n : p.rate * number_at(p.state, p.wdtype, j);
+      const double weight = numbers.data[j], inverse = 1 / std::sqrt(phi[j] + p.eps);
+      const double back = p.batch ? 1 / std::sqrt(total[j] / n + p.eps) : inverse;
+      const double nu = p.exact ? weight * second.data[j] * inverse / n : p.rate * state[j];
+      factors.data[j] = static_cast<A>(back * weight);
       factors.data[C + j] = static_cast<A>(nu * back);
       factors.data[2 * C + j] = static_cast<A>(inverse);
     }
     if (p.out || !p.exact)
       if (const int status = p.out ? pass<BACKWARD>() : pass<PAIRS>()) return status;
     for (int64_t j = 0; j < C; ++j) {
-      const double inverse = 1 / std::sqrt(phi[j] + p.eps), dot = second.data[j] * inverse;
-      if (!p.exact) {
-        const double old = number_at(p.state, p.wdtype, j);
-        put_number(p.state, p.wdtype, j, old + (dot * weight_at(j) - p.rate * old * total[j] * inverse * inverse) / n);
-      }
-      if (p.dweight) put_number(p.dweight, p.wdtype, j, dot);
-      if (p.dbias) put_number(p.dbias, p.wdtype, j, first.data[j]);
+      const double inverse = 1 / std::sqrt(phi[j] + p.eps);
+      dots[j] = second.data[j] * inverse;
+      state[j] += (dots[j] * numbers.data[j] - p.rate * state[j] * total[j] * inverse * inverse) / n;
     }
+    if (!p.exact) write_numbers(p.state, p.wdtype, C, state);
+    write_numbers(p.dweight, p.wdtype, C, dots);
+    write_numbers(p.dbias, p.wdtype, C, first.data);
     return OK;
   }
 
@@ -548,8 +569,13 @@ class PowerPass {
   Buffer<A> factors;             // FORWARD: y = z*a + b; BACKWARD: the gradient of z is dy*a - (z*c)*b
   Buffer<double> first, second;  // FORWARD, SQUARES: sum of z²; PAIRS, BACKWARD: sums of dy and of dy*z
 
-  bool prepare() { return factors.allocate(3 * C) && first.allocate(C) && second.allocate(C); }
-  double weight_at(int64_t j) const { return p.weight ? number_at(p.weight, p.wdtype, j) : 1.0; }
+  Buffer<double> numbers;        // weight, the running state, bias or the weight's gradient
+
+  bool prepare() {
+    if (!factors.allocate(3 * C) || !first.allocate(C) || !second.allocate(C) || !numbers.allocate(3 * C)) return false;
+    read_numbers(p.weight, p.wdtype, C, numbers.data, 1.0);
+    return true;
+  }
 
   template <int MODE>
   int pass() const {
@@ -679,107 +705,127 @@ template <class T>
 class OnlinePass {
   using A = typename Tr<T>::A;
   using V = typename Tr<T>::V;
+  static constexpr int W = Tr<T>::W;
 
  public:
   explicit OnlinePass(const Online& problem)
       : p(problem),
         N(p.steps),
         C(p.channels),
-        tile(max_of(1, min_of(N, TILE / C))),
+        tile(p.group ? max_of(1, min_of(N, TILE / C)) : N),
         strips(ceil_div(C, STRIP)),
-        rate_fwd(static_cast<A>(1 - p.alpha_fwd)),
-        gained(static_cast<A>(p.alpha_fwd * (1 - p.alpha_fwd))),
-        rate_bkw(static_cast<A>(1 - p.alpha_bkw)),
-        eps(static_cast<A>(p.eps)) {}
+        rates{static_cast<A>(1 - p.alpha_fwd), static_cast<A>(p.alpha_fwd * (1 - p.alpha_fwd)),
+              static_cast<A>(1 - p.alpha_bkw), static_cast<A>(p.eps), static_cast<A>(p.limit)} {}
 
   int forward() {
-    const void* mean = p.mean ? p.mean : p.mean_before;
-    const void* var = p.var ? p.var : p.var_before;
-    for (int64_t j = 0; j < C; ++j) p.kept[j] = number_at(mean, p.wdtype, j), p.kept[C + j] = number_at(var, p.wdtype, j);
-    if (p.mean)
-      for (int64_t j = 0; j < C; ++j) {
-        put_number(p.mean_before, p.wdtype, j, p.kept[j]);
-        put_number(p.var_before, p.wdtype, j, p.kept[C + j]);
-      }
-    if (!prepare(1)) return NO_MEMORY;
+    read_numbers(p.mean ? p.mean : p.mean_before, p.wdtype, C, p.kept);
+    read_numbers(p.var ? p.var : p.var_before, p.wdtype, C, p.kept + C);
+    if (p.mean) {
+      write_numbers(p.mean_before, p.wdtype, C, p.kept);
+      write_numbers(p.var_before, p.wdtype, C, p.kept + C);
+    }
+    if (!prepare(4, p.group ? 1 : 0)) return NO_MEMORY;
     T* out = static_cast<T*>(p.out);
     for (int64_t from = 0; from < N; from += tile) {
       const int64_t to = min_of(N, from + tile);
-      spread(N * C, strips, [&](int64_t strip) { normalize<false>(strip, from, to); });
+      spread(N * C, strips, [&](int64_t strip) {
+        if (p.group)
+          normalize<PLAIN>(strip, from, to, tiles.data - from * C);
+        else if (p.limit > 0)
+          normalize<WITHIN>(strip, from, to, out);
+        else
+          normalize<PLAIN>(strip, from, to, out);
+      });
+      if (!p.group) continue;
       over_rows(from, to, [&](int64_t t) {
         const A* z = tiles.data + (t - from) * C;
         T* row = out + t * C;
-        const int64_t size = p.group ? p.group : C;
-        for (int64_t k = 0; k < C; k += size) {
-          const A scale = p.group ? static_cast<A>(group_scale(z + k, size, p.guard_eps)) : A(1);
-          vectors<T>(size, [&](int64_t j, int left) EVENLY_EACH { put(row + k + j, take(z + k + j, left) * scale, left); });
+        for (int64_t k = 0; k < C; k += p.group) {
+          const A scale = static_cast<A>(group_scale(z + k, p.group, p.guard_eps));
+          vectors<T>(p.group, [&](int64_t j, int left) EVENLY_EACH { put(row + k + j, take(z + k + j, left) * scale, left); });
         }
       });
     }
     if (p.mean) {
-      state_to(p.mean, 0);
-      state_to(p.var, 2);
+      state_to(p.mean, MEAN);
+      state_to(p.var, VAR);
     }
     return OK;
   }
 
   int backward() {
-    if (!prepare(3) || !sums.zeros(2 * C) || !partial.zeros(2 * C)) return NO_MEMORY;
+    if (!prepare(8, p.group ? 3 : 0) || !sums.zeros(2 * C)) return NO_MEMORY;
     const T* dy = static_cast<const T*>(p.dy);
     for (int64_t from = 0; from < N; from += tile) {
       const int64_t to = min_of(N, from + tile);
-      spread(N * C, strips, [&](int64_t strip) { normalize<true>(strip, from, to); });
-      if (p.group)
-        over_rows(from, to, [&](int64_t t) { unguard(dy + t * C, (t - from) * C); });
+      if (!p.group) {
+        spread(N * C, strips, [&](int64_t strip) {
+          if (p.limit > 0)
+            at_once<true>(strip);
+          else
+            at_once<false>(strip);
+        });
+        continue;
+      }
+      spread(N * C, strips, [&](int64_t strip) { normalize<KEPT>(strip, from, to, tiles.data - from * C); });
+      over_rows(from, to, [&](int64_t t) { unguard(dy + t * C, (t - from) * C); });
       spread(N * C, strips, [&](int64_t strip) { control(strip, from, to); });
     }
-    for (int64_t j = 0; j < C; ++j) {
-      if (p.dweight) put_number(p.dweight, p.wdtype, j, sums.data[j]);
-      if (p.dbias) put_number(p.dbias, p.wdtype, j, sums.data[C + j]);
-    }
-    state_to(p.v, 4);
-    state_to(p.u, 6);
+    write_numbers(p.dweight, p.wdtype, C, sums.data);
+    write_numbers(p.dbias, p.wdtype, C, sums.data + C);
+    state_to(p.v, CTRL_V);
+    state_to(p.u, CTRL_U);
     return OK;
   }
 
  private:
+  // What becomes of a normalized value: mapped, mapped and clamped, or kept beside 1/scale for the backward pass.
+  enum { PLAIN, WITHIN, KEPT };
+  enum { MEAN = 0, VAR = 2, CTRL_V = 4, CTRL_U = 6 };  // each followed by what rounding took from it
+
   const Online& p;
   int64_t N, C, tile, strips;
-  A rate_fwd, gained, rate_bkw, eps;
-  Buffer<A> state;    // [8][C]: mean, var, v, u, each followed by what rounding took from it
-  Buffer<A> affine;   // weight, bias
-  Buffer<A> tiles;    // forward: z; backward: y, 1/scale, and the gradient before the guard
-  Buffer<A> partial;  // gradients of weight and bias over a tile
-  Buffer<double> sums;
+  struct Rates {
+    A fwd, gained, bkw, eps, limit;
+  } rates;
+  Buffer<A> state;        // [8][C]
+  Buffer<A> affine;       // weight, bias
+  Buffer<A> tiles;        // forward: z; backward: y, 1/scale, and the gradient before the guard
+  Buffer<double> sums;    // gradients of weight and bias
 
-  bool prepare(int64_t many) {
-    if (!state.zeros(8 * C) || !affine.allocate(2 * C) || !tiles.allocate(many * tile * C)) return false;
-    for (int64_t j = 0; j < C; ++j) {
-      affine.data[j] = static_cast<A>(p.weight ? number_at(p.weight, p.wdtype, j) : 1.0);
-      affine.data[C + j] = static_cast<A>(p.bias ? number_at(p.bias, p.wdtype, j) : 0.0);
-    }
-    state_from(p.kept, F64, 0);
-    state_from(p.kept + C, F64, 2);
-    if (many == 3) {
-      state_from(p.v, p.wdtype, 4);
-      state_from(p.u, p.wdtype, 6);
+  bool prepare(int64_t states, int64_t many) {
+    Buffer<double> numbers;
+    if (!state.allocate(states * C) || !affine.allocate(2 * C) || !tiles.allocate(many * tile * C) || !numbers.allocate(C))
+      return false;
+    read_numbers(p.weight, p.wdtype, C, numbers.data, 1.0);
+    for (int64_t j = 0; j < C; ++j) affine.data[j] = static_cast<A>(numbers.data[j]);
+    read_numbers(p.bias, p.wdtype, C, numbers.data);
+    for (int64_t j = 0; j < C; ++j) affine.data[C + j] = static_cast<A>(numbers.data[j]);
+    state_from(p.kept, MEAN);
+    state_from(p.kept + C, VAR);
+    if (states == 8) {
+      read_numbers(p.v, p.wdtype, C, numbers.data);
+      state_from(numbers.data, CTRL_V);
+      read_numbers(p.u, p.wdtype, C, numbers.data);
+      state_from(numbers.data, CTRL_U);
     }
     return true;
   }
-  void state_from(const void* from, int dtype, int64_t slot) {
+  void state_from(const double* from, int64_t slot) {
     for (int64_t j = 0; j < C; ++j) {
-      const double exact = number_at(from, dtype, j);
-      const A high = static_cast<A>(exact);
-      const double low = exact - static_cast<double>(high);
+      const A high = static_cast<A>(from[j]);
+      const double low = from[j] - static_cast<double>(high);
       state.data[slot * C + j] = high;
       state.data[(slot + 1) * C + j] = std::isfinite(low) ? static_cast<A>(low) : A(0);
     }
   }
   void state_to(void* to, int64_t slot) const {
-    for (int64_t j = 0; j < C; ++j) {
-      const double high = static_cast<double>(state.data[slot * C + j]);
-      put_number(to, p.wdtype, j, high + static_cast<double>(state.data[(slot + 1) * C + j]));
-    }
+    const A* high = state.data + slot * C;
+    with_storage(p.wdtype, [&](auto* type) {
+      using S = std::remove_pointer_t<decltype(type)>;
+      for (int64_t j = 0; j < C; ++j)
+        static_cast<S*>(to)[j] = from_double<S>(static_cast<double>(high[j]) + static_cast<double>(high[C + j]));
+    });
   }
 
   template <class F>
@@ -790,39 +836,81 @@ class OnlinePass {
     });
   }
 
-  // state += step, with what rounding takes from it
-  EVENLY_INLINE static void advance(A* high, A* low, V step, int left) {
-    const V old = take(high, left), carried = step + take(low, left);
-    const V moved = old + carried;
-    put(high, moved, left);
-    put(low, carried - (moved - old), left);
+  // f(number of vectors, channel, lanes, first sample, last) over a strip: few samples at a time.
+  template <class F>
+  EVENLY_INLINE void over_strip(int64_t strip, int64_t from, int64_t to, const F& f) const {
+    const int64_t first = strip * STRIP, n = min_of(STRIP, C - first);
+    for (int64_t t = from; t < to; t += NEAR)
+      by_two<T>(n, [&](auto many, int64_t j, int left) EVENLY_EACH { f(many, first + j, left, t, min_of(to, t + NEAR)); });
   }
 
-  // Forward: z into the tile. Backward: y and 1/scale, by the same recursion.
-  template <bool BACK>
-  void normalize(int64_t strip, int64_t from, int64_t to) const {
-    const int64_t first = strip * STRIP, n = min_of(STRIP, C - first);
-    A* m = state.data + first;
-    A* s = state.data + 2 * C + first;
-    const A* w = affine.data + first;
-    for (int64_t t = from; t < to; ++t) {
-      const T* x = static_cast<const T*>(p.x) + t * C + first;
-      A* y = tiles.data + (t - from) * C + first;
-      A* r = y + tile * C;
-      vectors<T>(n, [&](int64_t j, int left) EVENLY_EACH {
-        const V d = (take(x + j, left) - take(m + j, left)) - take(m + C + j, left);
-        const V var = take(s + j, left);
-        const V inverse = inverse_root(var + eps);
-        if constexpr (BACK) {
-          put(y + j, d * inverse, left);
-          put(r + j, inverse, left);
-        } else {
-          put(y + j, (d * inverse) * take(w + j, left) + take(w + C + j, left), left);
-        }
-        advance(m + j, m + C + j, d * rate_fwd, left);
-        advance(s + j, s + C + j, (d * gained) * d - var * rate_fwd, left);
-      });
+  // R vectors of numbers.
+  template <int R>
+  EVENLY_INLINE static void take_all(const A* from, V* to, int left) {
+    for (int i = 0; i < R; ++i) to[i] = take(from + i * W, left);
+  }
+
+  // A state of R vectors, in registers.
+  template <int R>
+  struct Held {
+    V high[R], low[R];
+    A* at;
+    int64_t channels;
+    EVENLY_INLINE Held(A* from, int64_t C, int left) : at(from), channels(C) {
+      take_all<R>(from, high, left);
+      take_all<R>(from + C, low, left);
     }
+    EVENLY_INLINE void store(int left) const {
+      for (int i = 0; i < R; ++i) put(at + i * W, high[i], left), put(at + channels + i * W, low[i], left);
+    }
+    EVENLY_INLINE void advance(int i, V step) {  // with what rounding takes from it
+      const V carried = step + low[i], moved = high[i] + carried;
+      low[i] = carried - (moved - high[i]);
+      high[i] = moved;
+    }
+  };
+  template <int R>
+  EVENLY_INLINE Held<R> held(int slot, int64_t channel, int left) const {
+    return Held<R>(state.data + slot * C + channel, C, left);
+  }
+  // A sample moves the statistics.
+  template <int R>
+  EVENLY_INLINE static void observe(Held<R>& m, Held<R>& s, int i, V d, const Rates& k) {
+    m.advance(i, d * k.fwd);
+    s.advance(i, (d * k.gained) * d - s.high[i] * k.fwd);
+  }
+
+  template <int MODE, class S>
+  void normalize(int64_t strip, int64_t from, int64_t to, S* out) const {
+    over_strip(strip, from, to, [&](auto many, int64_t c, int left, int64_t begin, int64_t end) EVENLY_EACH {
+      constexpr int R = decltype(many)::value;
+      const Rates k = rates;
+      const int64_t row = C;
+      auto m = held<R>(MEAN, c, left), s = held<R>(VAR, c, left);
+      V w[R], b[R];
+      take_all<R>(affine.data + c, w, left);
+      take_all<R>(affine.data + C + c, b, left);
+      const T* x = static_cast<const T*>(p.x) + begin * C + c;
+      S* y = out + begin * C + c;
+      S* scale = MODE == KEPT ? y + tile * C : y;
+      for (int64_t t = begin; t < end; ++t, x += row, y += row, scale += row) {
+        __builtin_prefetch(x + NEAR * row);  // of the next samples: the processor does not see a stride of rows
+        for (int i = 0; i < R; ++i) {
+          const V d = (take(x + i * W, left) - m.high[i]) - m.low[i];
+          const V inverse = inverse_root(s.high[i] + k.eps), unit = d * inverse;
+          observe<R>(m, s, i, d, k);
+          if constexpr (MODE == KEPT) {
+            put(y + i * W, unit, left);
+            put(scale + i * W, inverse, left);
+          } else {
+            const V z = unit * w[i] + b[i];
+            put(y + i * W, MODE == WITHIN ? mapped<T, CLAMPED>(z, nullptr, V{}, splat(k.limit), left) : z, left);
+          }
+        }
+      }
+      m.store(left);
+      s.store(left);
+    });
   }
 
   // The gradient before layer scaling, of a row, into the third tile.
@@ -849,43 +937,237 @@ class OnlinePass {
     }
   }
 
-  // The control process over a tile.
-  void control(int64_t strip, int64_t from, int64_t to) const {
-    const int64_t first = strip * STRIP, n = min_of(STRIP, C - first);
-    if (p.group)
-      control_rows(first, n, from, to, tiles.data + 2 * tile * C + first);
-    else
-      control_rows(first, n, from, to, static_cast<const T*>(p.dy) + from * C + first);
-    for (int64_t j = first; j < first + n; ++j)
-      for (int64_t k = j; k < 2 * C; k += C) {
-        sums.data[k] += static_cast<double>(partial.data[k]);
-        partial.data[k] = 0;
+  // One step of the control process: the gradient before it from that after it.
+  template <int R>
+  EVENLY_INLINE static V controlled(Held<R>& v, Held<R>& u, int i, V grad, V y, V inverse, const Rates& k) {
+    const V tilde = grad - (v.high[i] * k.bkw) * y;
+    v.advance(i, tilde * y);
+    const V back = tilde * inverse - u.high[i] * k.bkw;
+    u.advance(i, back);
+    return back;
+  }
+
+  template <int R>
+  EVENLY_INLINE void add_sums(const V* dw, const V* db, int64_t c, int left) const {
+    for (int i = 0; i < R; ++i)
+      for (int lane = 0; lane < left; ++lane) {
+        sums.data[c + i * W + lane] += static_cast<double>(dw[i][lane]);
+        sums.data[C + c + i * W + lane] += static_cast<double>(db[i][lane]);
       }
   }
 
-  template <class S>
-  void control_rows(int64_t first, int64_t n, int64_t from, int64_t to, const S* grad) const {
-    A* v = state.data + 4 * C + first;
-    A* u = state.data + 6 * C + first;
-    A* dw = partial.data + first;
-    const A* w = affine.data + first;
-    for (int64_t t = from; t < to; ++t) {
-      const A* y = tiles.data + (t - from) * C + first;
-      const A* r = y + tile * C;
-      const S* g = grad + (t - from) * C;
-      T* dx = p.out ? static_cast<T*>(p.out) + t * C + first : nullptr;
-      vectors<T>(n, [&](int64_t j, int left) EVENLY_EACH {
-        const V value = take(y + j, left), inverse = take(r + j, left);
-        V tilde = take(g + j, left);
-        put(dw + j, take(dw + j, left) + tilde * value, left);
-        put(dw + C + j, take(dw + C + j, left) + tilde, left);
-        tilde = tilde * take(w + j, left) - take(v + j, left) * rate_bkw * value;
-        advance(v + j, v + C + j, tilde * value, left);
-        const V back = tilde * inverse - take(u + j, left) * rate_bkw;
-        advance(u + j, u + C + j, back, left);
-        if (dx) put(dx + j, back, left);
-      });
+  // The control process over a tile, from what the phases before it have left there.
+  void control(int64_t strip, int64_t from, int64_t to) const {
+    over_strip(strip, from, to, [&](auto many, int64_t c, int left, int64_t begin, int64_t end) EVENLY_EACH {
+      constexpr int R = decltype(many)::value;
+      const Rates k = rates;
+      const int64_t row = C;
+      auto v = held<R>(CTRL_V, c, left), u = held<R>(CTRL_U, c, left);
+      V w[R], dw[R] = {}, db[R] = {};
+      take_all<R>(affine.data + c, w, left);
+      const A* y = tiles.data + (begin - from) * C + c;
+      const A* scale = y + tile * C;
+      const A* grad = scale + tile * C;
+      T* dx = p.out ? static_cast<T*>(p.out) + begin * C + c : nullptr;
+      for (int64_t t = begin; t < end; ++t, y += row, scale += row, grad += row) {
+        V back[R];
+        for (int i = 0; i < R; ++i) {
+          const V unit = take(y + i * W, left), g = take(grad + i * W, left);
+          dw[i] += g * unit;
+          db[i] += g;
+          back[i] = controlled<R>(v, u, i, g * w[i], unit, take(scale + i * W, left), k);
+        }
+        if (!dx) continue;
+        __builtin_prefetch(dx + NEAR * row, 1);
+        for (int i = 0; i < R; ++i) put(dx + i * W, back[i], left);
+        dx += row;
+      }
+      v.store(left);
+      u.store(left);
+      add_sums<R>(dw, db, c, left);
+    });
+  }
+
+  // The backward pass of a strip, without layer scaling: nothing in it needs another channel.
+  template <bool CLAMP>
+  void at_once(int64_t strip) const {
+    over_strip(strip, 0, N, [&](auto many, int64_t c, int left, int64_t begin, int64_t end) EVENLY_EACH {
+      constexpr int R = decltype(many)::value;
+      const Rates k = rates;
+      const int64_t row = C;
+      auto m = held<R>(MEAN, c, left), s = held<R>(VAR, c, left);
+      auto v = held<R>(CTRL_V, c, left), u = held<R>(CTRL_U, c, left);
+      V w[R], b[R], dw[R] = {}, db[R] = {};
+      take_all<R>(affine.data + c, w, left);
+      take_all<R>(affine.data + C + c, b, left);
+      const T* x = static_cast<const T*>(p.x) + begin * C + c;
+      const T* dy = static_cast<const T*>(p.dy) + begin * C + c;
+      T* dx = p.out ? static_cast<T*>(p.out) + begin * C + c : nullptr;
+      for (int64_t t = begin; t < end; ++t, x += row, dy += row) {
+        __builtin_prefetch(x + NEAR * row);
+        __builtin_prefetch(dy + NEAR * row);
+        V back[R];
+        for (int i = 0; i < R; ++i) {
+          const V d = (take(x + i * W, left) - m.high[i]) - m.low[i];
+          const V inverse = inverse_root(s.high[i] + k.eps), unit = d * inverse;
+          observe<R>(m, s, i, d, k);
+          const T* at = dy + i * W;
+          const V g = CLAMP ? mapped<T, INSIDE>(unit * w[i] + b[i], at, V{}, splat(k.limit), left) : take(at, left);
+          dw[i] += g * unit;
+          db[i] += g;
+          back[i] = controlled<R>(v, u, i, g * w[i], unit, inverse, k);
+        }
+        if (!dx) continue;
+        __builtin_prefetch(dx + NEAR * row, 1);
+        for (int i = 0; i < R; ++i) put(dx + i * W, back[i], left);
+        dx += row;
+      }
+      m.store(left);
+      s.store(left);
+      v.store(left);
+      u.store(left);
+      add_sums<R>(dw, db, c, left);
+    });
+  }
+};
+
+// Its numbers where there are several values a sample and channel: loops over the samples in strips of channels, and
+// over the channels of a sample.
+class OnlineFew {
+ public:
+  explicit OnlineFew(const OnlineNumbers& problem)
+      : p(problem),
+        N(p.steps),
+        C(p.channels),
+        inverse(p.out),
+        offset(inverse + N * C),
+        gain(offset + N * C),
+        shift(gain + N * C),
+        guard(shift + N * C) {}
+
+  int numbers() {
+    double* mean = p.kept;
+    double* var = p.kept + C;
+    if (p.mean_before) {
+      read_numbers(p.mean ? p.mean : p.mean_before, p.wdtype, C, mean);
+      read_numbers(p.var ? p.var : p.var_before, p.wdtype, C, var);
     }
+    if (p.mean) {
+      write_numbers(p.mean_before, p.wdtype, C, mean);
+      write_numbers(p.var_before, p.wdtype, C, var);
+    }
+    if (!prepare()) return NO_MEMORY;
+    double* moved = state.data;
+    std::memcpy(moved, p.kept, static_cast<size_t>(2 * C) * sizeof(double));
+    over_strips([&](int64_t c, int64_t end) {
+      const double rate = 1 - p.alpha_fwd, gained = p.alpha_fwd * rate;
+      for (int64_t t = 0; t < N; ++t)
+        for (int64_t j = c; j < end; ++j) {
+          const int64_t at = t * C + j;
+          const double lag = p.m[at] - moved[j];
+          inverse[at] = 1 / std::sqrt(moved[C + j] + p.eps);
+          offset[at] = lag * inverse[at];
+          moved[j] = p.alpha_fwd * moved[j] + rate * p.m[at];
+          moved[C + j] = p.alpha_fwd * moved[C + j] + (rate * p.s[at] + gained * lag * lag);
+        }
+    });
+    over_groups([&](int64_t at, int64_t c, int64_t n) {
+      double squares = 0;
+      for (int64_t j = 0; j < n; ++j) {
+        gain[at + j] = inverse[at + j] * weight[c + j];
+        shift[at + j] = offset[at + j] * weight[c + j] + bias[c + j];
+        squares += gain[at + j] * gain[at + j] * p.s[at + j] + shift[at + j] * shift[at + j];
+      }
+      const double scale = p.group ? 1 / std::sqrt(squares / static_cast<double>(n) + p.guard_eps) : 1;
+      for (int64_t j = 0; j < n; ++j) gain[at + j] *= scale, shift[at + j] *= scale, guard[at + j] = scale;
+    });
+    write_numbers(p.mean, p.wdtype, C, moved);
+    write_numbers(p.var, p.wdtype, C, moved + C);
+    return OK;
+  }
+
+  int control() {
+    Buffer<double> terms;  // [2][N][C]: the means over positions of the unguarded gradient, and of it times y
+    if (!prepare() || !terms.allocate(2 * N * C)) return NO_MEMORY;
+    const double positions = static_cast<double>(p.positions);
+    double* mean_g = terms.data;
+    double* mean_gy = mean_g + N * C;
+    over_groups([&](int64_t at, int64_t, int64_t n) {
+      double along = 0;
+      for (int64_t j = at; j < at + n; ++j) {
+        const double g = p.total_g[j] / positions, gd = p.total_gd[j] / positions;
+        mean_g[j] = g;
+        mean_gy[j] = inverse[j] * gd + offset[j] * g;
+        along += gain[j] * gd + shift[j] * g;
+      }
+      if (!p.group) return;
+      along /= static_cast<double>(n);
+      for (int64_t j = at; j < at + n; ++j) {
+        mean_g[j] = (mean_g[j] - along * shift[j]) * guard[j];
+        mean_gy[j] = (mean_gy[j] - along * (gain[j] * inverse[j] * p.s[j] + shift[j] * offset[j])) * guard[j];
+        guard[j] = along;
+      }
+    });
+    double* v = state.data;
+    double* u = v + C;
+    double* dweight = u + C;
+    double* dbias = dweight + C;
+    read_numbers(p.v, p.wdtype, C, v);
+    read_numbers(p.u, p.wdtype, C, u);
+    over_strips([&](int64_t c, int64_t end) {
+      const double rate = 1 - p.alpha_bkw;
+      for (int64_t j = c; j < end; ++j) dweight[j] = dbias[j] = 0;
+      for (int64_t t = 0; t < N; ++t)
+        for (int64_t j = c; j < end; ++j) {
+          const int64_t at = t * C + j;
+          const double r = inverse[at], o = offset[at], along = p.group ? guard[at] * gain[at] : 0;
+          dweight[j] += positions * mean_gy[at];
+          dbias[j] += positions * mean_g[at];
+          inverse[at] = -(rate * v[j] * r * r + along * gain[at]);
+          const double back = (mean_g[at] * weight[j] - rate * v[j] * o) * r;
+          const double constant = rate * (v[j] * o * r + u[j]) + along * shift[at];
+          v[j] = (1 - rate * (r * r * p.s[at] + o * o)) * v[j] + mean_gy[at] * weight[j];
+          u[j] = p.alpha_bkw * u[j] + back;
+          shift[at] = -constant;
+        }
+    });
+    write_numbers(p.v, p.wdtype, C, v);
+    write_numbers(p.u, p.wdtype, C, u);
+    write_numbers(p.dweight, p.wdtype, C, dweight);
+    write_numbers(p.dbias, p.wdtype, C, dbias);
+    return OK;
+  }
+
+ private:
+  static constexpr int64_t WORK = 8;  // a number takes as long as so many values
+
+  const OnlineNumbers& p;
+  int64_t N, C;
+  double *inverse, *offset, *gain, *shift, *guard;
+  Buffer<double> state;   // what moves, in both passes
+  Buffer<double> affine;  // weight, bias
+  const double *weight = nullptr, *bias = nullptr;
+
+  bool prepare() {
+    if (!state.allocate(4 * C) || !affine.allocate(2 * C)) return false;
+    read_numbers(p.weight, p.wdtype, C, affine.data, 1.0);
+    read_numbers(p.bias, p.wdtype, C, affine.data + C);
+    weight = affine.data, bias = affine.data + C;
+    return true;
+  }
+  // f(first channel, end)
+  template <class F>
+  void over_strips(const F& f) const {
+    spread(WORK * N * C, ceil_div(C, STRIP), [&](int64_t strip) { f(strip * STRIP, min_of(C, (strip + 1) * STRIP)); });
+  }
+  // f(index of the first number, its channel, how many) for each sample and group of channels
+  template <class F>
+  void over_groups(const F& f) const {
+    const int64_t size = p.group ? p.group : C, rows = max_of(1, TASK / WORK / C);
+    spread(WORK * N * C, ceil_div(N, rows), [&](int64_t task) {
+      for (int64_t t = task * rows; t < min_of(N, (task + 1) * rows); ++t)
+        for (int64_t c = 0; c < C; c += size) f(t * C + c, c, size);
+    });
   }
 };
 
@@ -964,6 +1246,8 @@ int online_forward(const Online& p) {
 int online_backward(const Online& p) {
   return with_type(p.dtype, [&](auto* type) { return OnlinePass<std::remove_pointer_t<decltype(type)>>(p).backward(); });
 }
+int online_numbers(const OnlineNumbers& p) { return OnlineFew(p).numbers(); }
+int online_control(const OnlineNumbers& p) { return OnlineFew(p).control(); }
 
 }  // namespace
 }  // namespace EVENLY_ISA
@@ -971,6 +1255,7 @@ int online_backward(const Online& p) {
 extern const Pieces EVENLY_TABLE;
 const Pieces EVENLY_TABLE = {EVENLY_ISA::sums,          EVENLY_ISA::combine,        EVENLY_ISA::clip,
                              EVENLY_ISA::scan,          EVENLY_ISA::power_forward, EVENLY_ISA::power_backward,
-                             EVENLY_ISA::online_forward, EVENLY_ISA::online_backward};
+                             EVENLY_ISA::online_forward, EVENLY_ISA::online_backward, EVENLY_ISA::online_numbers,
+                             EVENLY_ISA::online_control};
 
 }  // namespace evenly
