@@ -29,7 +29,7 @@ constexpr int64_t TASK = 16384;       // values a task should have
 constexpr int64_t PARALLEL = 32768;   // fewer values than this: one thread
 constexpr int64_t SHORT_RUN = 32;     // shorter runs are treated as columns
 constexpr int64_t STRIP = 128;        // channels of a recursion that a task advances
-constexpr int64_t TILE = 32768;       // values of a tile of samples, which stays in cache between the phases
+constexpr int64_t TILE = 65536;       // values of a tile of samples, which stays in cache between the phases
 constexpr int64_t NEAR = 32;          // samples of a strip that stay in the first cache
 
 #include "common.inl"
@@ -726,26 +726,21 @@ class OnlinePass {
     }
     if (!prepare(4, p.group ? 1 : 0)) return NO_MEMORY;
     T* out = static_cast<T*>(p.out);
-    for (int64_t from = 0; from < N; from += tile) {
-      const int64_t to = min_of(N, from + tile);
+    if (!p.group)
       spread(N * C, strips, [&](int64_t strip) {
-        if (p.group)
-          normalize<PLAIN>(strip, from, to, tiles.data - from * C);
-        else if (p.limit > 0)
-          normalize<WITHIN>(strip, from, to, out);
+        if (p.limit > 0)
+          normalize<WITHIN>(strip, 0, N, out);
         else
-          normalize<PLAIN>(strip, from, to, out);
+          normalize<PLAIN>(strip, 0, N, out);
       });
-      if (!p.group) continue;
-      over_rows(from, to, [&](int64_t t) {
-        const A* z = tiles.data + (t - from) * C;
-        T* row = out + t * C;
-        for (int64_t k = 0; k < C; k += p.group) {
-          const A scale = static_cast<A>(group_scale(z + k, p.group, p.guard_eps));
-          vectors<T>(p.group, [&](int64_t j, int left) EVENLY_EACH { put(row + k + j, take(z + k + j, left) * scale, left); });
-        }
-      });
-    }
+    else  // a tile is normalized while the one before it is scaled
+      for (int64_t from = 0; from < N + tile; from += tile) {
+        const int64_t before = from - tile;
+        both(from < N ? strips : 0, [&](int64_t strip) { normalize<PLAIN>(strip, from, end_of(from), tile_of(from) - from * C); },
+             before < 0 ? 0 : row_tasks(before), [&](int64_t task) {
+               over_rows(before, task, [&](int64_t t) { guard(tile_of(before) + (t - before) * C, out + t * C); });
+             });
+      }
     if (p.mean) {
       state_to(p.mean, MEAN);
       state_to(p.var, VAR);
@@ -756,21 +751,23 @@ class OnlinePass {
   int backward() {
     if (!prepare(8, p.group ? 3 : 0) || !sums.zeros(2 * C)) return NO_MEMORY;
     const T* dy = static_cast<const T*>(p.dy);
-    for (int64_t from = 0; from < N; from += tile) {
-      const int64_t to = min_of(N, from + tile);
-      if (!p.group) {
-        spread(N * C, strips, [&](int64_t strip) {
-          if (p.limit > 0)
-            at_once<true>(strip);
-          else
-            at_once<false>(strip);
-        });
-        continue;
+    if (!p.group)
+      spread(N * C, strips, [&](int64_t strip) {
+        if (p.limit > 0)
+          at_once<true>(strip);
+        else
+          at_once<false>(strip);
+      });
+    else  // a tile is normalized while the one before it is controlled
+      for (int64_t from = 0; from < N + tile; from += tile) {
+        const int64_t before = from - tile;
+        both(from < N ? strips : 0, [&](int64_t strip) { normalize<KEPT>(strip, from, end_of(from), tile_of(from) - from * C); },
+             before < 0 ? 0 : strips, [&](int64_t strip) { control(strip, before, end_of(before), tile_of(before)); });
+        if (from < N)
+          spread(N * C, row_tasks(from), [&](int64_t task) {
+            over_rows(from, task, [&](int64_t t) { unguard(dy + t * C, tile_of(from) + (t - from) * C); });
+          });
       }
-      spread(N * C, strips, [&](int64_t strip) { normalize<KEPT>(strip, from, to, tiles.data - from * C); });
-      over_rows(from, to, [&](int64_t t) { unguard(dy + t * C, (t - from) * C); });
-      spread(N * C, strips, [&](int64_t strip) { control(strip, from, to); });
-    }
     write_numbers(p.dweight, p.wdtype, C, sums.data);
     write_numbers(p.dbias, p.wdtype, C, sums.data + C);
     state_to(p.v, CTRL_V);
@@ -790,12 +787,14 @@ class OnlinePass {
   } rates;
   Buffer<A> state;        // [8][C]
   Buffer<A> affine;       // weight, bias
-  Buffer<A> tiles;        // forward: z; backward: y, 1/scale, and the gradient before the guard
+  Buffer<A> tiles;        // two of each. Forward: z; backward: y, 1/scale, and the gradient before the guard
+  int64_t parts = 0;      // of which a tile has so many
   Buffer<double> sums;    // gradients of weight and bias
 
   bool prepare(int64_t states, int64_t many) {
     Buffer<double> numbers;
-    if (!state.allocate(states * C) || !affine.allocate(2 * C) || !tiles.allocate(many * tile * C) || !numbers.allocate(C))
+    parts = many;
+    if (!state.allocate(states * C) || !affine.allocate(2 * C) || !tiles.allocate(many * min_of(2, ceil_div(N, tile)) * tile * C) || !numbers.allocate(C))
       return false;
     read_numbers(p.weight, p.wdtype, C, numbers.data, 1.0);
     for (int64_t j = 0; j < C; ++j) affine.data[j] = static_cast<A>(numbers.data[j]);
@@ -828,12 +827,30 @@ class OnlinePass {
     });
   }
 
+  int64_t end_of(int64_t from) const { return min_of(N, from + tile); }
+  A* tile_of(int64_t from) const { return tiles.data + from / tile % 2 * parts * tile * C; }
+
+  // Two kinds of tasks at the same time.
+  template <class F, class G>
+  void both(int64_t many, const F& f, int64_t more, const G& g) const {
+    spread(N * C, many + more, [&](int64_t task) { return task < many ? f(task) : g(task - many); });
+  }
+
+  // The rows of a tile, a few a task.
+  int64_t rows_a_task() const { return max_of(1, TILE / 8 / C); }
+  int64_t row_tasks(int64_t from) const { return ceil_div(end_of(from) - from, rows_a_task()); }
   template <class F>
-  void over_rows(int64_t from, int64_t to, const F& f) const {
-    const int64_t group = max_of(1, TILE / 8 / C);
-    spread(N * C, ceil_div(to - from, group), [&](int64_t task) {
-      for (int64_t t = from + task * group; t < min_of(to, from + (task + 1) * group); ++t) f(t);
-    });
+  void over_rows(int64_t from, int64_t task, const F& f) const {
+    const int64_t first = from + task * rows_a_task(), last = min_of(end_of(from), first + rows_a_task());
+    for (int64_t t = first; t < last; ++t) f(t);
+  }
+
+  // Layer scaling of a row.
+  void guard(const A* z, T* out) const {
+    for (int64_t k = 0; k < C; k += p.group) {
+      const A scale = static_cast<A>(group_scale(z + k, p.group, p.guard_eps));
+      vectors<T>(p.group, [&](int64_t j, int left) EVENLY_EACH { put(out + k + j, take(z + k + j, left) * scale, left); });
+    }
   }
 
   // f(number of vectors, channel, lanes, first sample, last) over a strip: few samples at a time.
@@ -913,10 +930,9 @@ class OnlinePass {
     });
   }
 
-  // The gradient before layer scaling, of a row, into the third tile.
-  void unguard(const T* dy, int64_t at) const {
-    const A* y = tiles.data + at;
-    A* g = tiles.data + 2 * tile * C + at;
+  // The gradient before layer scaling, of a row, into the third part of a tile.
+  void unguard(const T* dy, A* y) const {
+    A* g = y + 2 * tile * C;
     const A* w = affine.data;
     const A* b = affine.data + C;
     for (int64_t k = 0; k < C; k += p.group) {
@@ -957,7 +973,7 @@ class OnlinePass {
   }
 
   // The control process over a tile, from what the phases before it have left there.
-  void control(int64_t strip, int64_t from, int64_t to) const {
+  void control(int64_t strip, int64_t from, int64_t to, const A* kept) const {
     over_strip(strip, from, to, [&](auto many, int64_t c, int left, int64_t begin, int64_t end) EVENLY_EACH {
       constexpr int R = decltype(many)::value;
       const Rates k = rates;
@@ -965,7 +981,7 @@ class OnlinePass {
       auto v = held<R>(CTRL_V, c, left), u = held<R>(CTRL_U, c, left);
       V w[R], dw[R] = {}, db[R] = {};
       take_all<R>(affine.data + c, w, left);
-      const A* y = tiles.data + (begin - from) * C + c;
+      const A* y = kept + (begin - from) * C + c;
       const A* scale = y + tile * C;
       const A* grad = scale + tile * C;
       T* dx = p.out ? static_cast<T*>(p.out) + begin * C + c : nullptr;
