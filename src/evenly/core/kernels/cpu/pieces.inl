@@ -880,8 +880,10 @@ class OnlinePass {
     EVENLY_INLINE void store(int left) const {
       for (int i = 0; i < R; ++i) put(at + i * W, high[i], left), put(at + channels + i * W, low[i], left);
     }
-    EVENLY_INLINE void advance(int i, V step) {  // with what rounding takes from it
-      const V carried = step + low[i], moved = high[i] + carried;
+    EVENLY_INLINE void advance(int i, V step) { move(i, step + low[i]); }
+    EVENLY_INLINE void fade(int i, A rate, V step) { move(i, (step + low[i]) - high[i] * rate); }
+    EVENLY_INLINE void move(int i, V carried) {  // with what rounding takes from it
+      const V moved = high[i] + carried;
       low[i] = carried - (moved - high[i]);
       high[i] = moved;
     }
@@ -894,7 +896,7 @@ class OnlinePass {
   template <int R>
   EVENLY_INLINE static void observe(Held<R>& m, Held<R>& s, int i, V d, const Rates& k) {
     m.advance(i, d * k.fwd);
-    s.advance(i, (d * k.gained) * d - s.high[i] * k.fwd);
+    s.fade(i, k.fwd, (d * k.gained) * d);
   }
 
   template <int MODE, class S>
@@ -936,19 +938,23 @@ class OnlinePass {
     const A* w = affine.data;
     const A* b = affine.data + C;
     for (int64_t k = 0; k < C; k += p.group) {
-      V dots{};
+      auto mapped_at = [&](int64_t j, int left) EVENLY_EACH { return take(y + j, left) * take(w + j, left) + take(b + j, left); };
+      V dots{}, squares{};
       vectors<T>(p.group, [&](int64_t i, int left) EVENLY_EACH {
-        const int64_t j = k + i;
-        V z = take(y + j, left) * take(w + j, left) + take(b + j, left);
-        put(g + j, z, left);
-        dots += z * take(dy + j, left);
+        const V z = mapped_at(k + i, left);
+        dots += z * take(dy + k + i, left);
+        squares += z * z;
       });
-      const double scale = group_scale(g + k, p.group, p.guard_eps);
+      double square = sum_lanes(squares);
+      if (lost<A>(square)) {
+        vectors<T>(p.group, [&](int64_t i, int left) EVENLY_EACH { put(g + k + i, mapped_at(k + i, left), left); });
+        square = group_squares(g + k, p.group, p.guard_eps);
+      }
+      const double scale = 1 / std::sqrt(square / static_cast<double>(p.group) + p.guard_eps);
       const double along = sum_lanes(dots) / static_cast<double>(p.group) * scale;  // mean of dy times the output
       const A one = static_cast<A>(scale), two = static_cast<A>(along * scale * scale);
       vectors<T>(p.group, [&](int64_t i, int left) EVENLY_EACH {
-        const int64_t j = k + i;
-        put(g + j, take(dy + j, left) * one - take(g + j, left) * two, left);
+        put(g + k + i, take(dy + k + i, left) * one - mapped_at(k + i, left) * two, left);
       });
     }
   }
@@ -956,7 +962,7 @@ class OnlinePass {
   // One step of the control process: the gradient before it from that after it.
   template <int R>
   EVENLY_INLINE static V controlled(Held<R>& v, Held<R>& u, int i, V grad, V y, V inverse, const Rates& k) {
-    const V tilde = grad - (v.high[i] * k.bkw) * y;
+    const V tilde = grad - v.high[i] * (y * k.bkw);
     v.advance(i, tilde * y);
     const V back = tilde * inverse - u.high[i] * k.bkw;
     u.advance(i, back);
