@@ -189,11 +189,12 @@ class OnlineNorm(nn.Module):
             return self._guard(self._evaluate(x))
         if x.numel() == 0:
             return self._evaluate(x)
-        whole = self._pass(x)
+        weight, bias = self.weight, self.bias
+        whole = self._pass(x, weight, bias)
         if whole is not None:
             if x.numel() == x.shape[0] * self.num_features:
-                return _OnlinePass.apply(x, self.weight, self.bias, whole)
-            return _OnlineMaps.apply(x, self.weight, self.bias, whole, _Layout.of(x.shape, self.channel_dim))
+                return _OnlinePass.apply(x, weight, bias, whole)
+            return _OnlineMaps.apply(x, weight, bias, whole, _Layout.of(x.shape, self.channel_dim))
         scaling, clamping = self.guard == "layer_scaling", self.guard == "activation_clamping"
         call = _Settings(
             _Layout.of(x.shape, self.channel_dim),
@@ -210,7 +211,7 @@ class OnlineNorm(nn.Module):
                 self.mean_before.copy_(self.running_mean)
                 self.var_before.copy_(self.running_var)
         y, mean, var = _OnlineFunction.apply(
-            x, self.weight, self.bias, self.mean_before, self.var_before, self.ctrl_u, self.ctrl_v, call
+            x, weight, bias, self.mean_before, self.var_before, self.ctrl_u, self.ctrl_v, call
         )
         if not again:
             with torch.no_grad():
@@ -218,11 +219,11 @@ class OnlineNorm(nn.Module):
                 self.running_var.copy_(var)
         return y
 
-    def _pass(self, x: Tensor) -> pieces.Online | None:
+    def _pass(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> pieces.Online | None:
         """The kernels of the layer, where they can compute."""
         buffers = self._buffers  # attributes of a module are slow to look up
         state = [buffers[name] for name in _STATE]
-        if not pieces.fits(x, self.weight, self.bias, *state):
+        if not pieces.fits(x, weight, bias, *state):
             return None
         group = 0
         if self.guard == "layer_scaling":
