@@ -219,6 +219,9 @@ def main() -> None:
         options.threads = 1
     torch.set_num_threads(options.threads)
     clock = time.process_time if options.cpu_time else time.perf_counter
+    unknown = set(options.only or ()) - set(contestants())
+    if unknown:
+        parser.error(f"--only {', '.join(sorted(unknown))}: not one of {', '.join(contestants())}.")
     only = None if options.only is None else [*options.only, BASE]
     rows = []
     for size in ["1M"] if options.quick else options.size or list(SIZES):

@@ -76,6 +76,10 @@ bool run_rows(int dtype, int64_t rows, int64_t channels, int64_t group) {
     p.out = nullptr, p.weight = nullptr, p.dweight = nullptr, p.dbias = nullptr;
     fine = fine && pieces_portable.power_backward(p) == OK;
   }
+  fine = fine && pieces_portable.products(dtype, rows, channels, x.data(), dy.data(), numbers(3 * rows).data(), rows) == OK;
+  const auto slopes = numbers(rows);
+  fine = fine && pieces_portable.advance(dtype, rows, channels, dy.data(), 0.5, slopes.data(), out.data()) == OK;
+
   Online o{};
   o.dtype = o.wdtype = dtype, o.steps = rows, o.channels = channels, o.group = group;
   o.alpha_fwd = 0.99, o.alpha_bkw = 0.9, o.eps = 1e-5, o.guard_eps = 1e-5;

@@ -181,6 +181,38 @@ def steps_of(layer, batches, training_steps=3):
     return out + [b.clone() for b in layer.state_dict().values()]
 
 
+ROWS = [((5, 7), (1, 1), (3, 4, 3, 3)), ((300, 130), (2, 9001)), ((70_000, 4),)]
+
+
+@kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shapes", ROWS, ids=str)
+def test_rows_of_an_optimizer(shapes, dtype, monkeypatch):
+    torch.manual_seed(0)
+    pairs = [(torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)) for shape in shapes]
+    got = pieces.row_products(pairs)
+    want = torch.cat([pieces._row_products(g.double(), x.double()) for g, x in pairs], 1)
+    close = 1e-12 if dtype == torch.float64 else 2e-6
+    torch.testing.assert_close(got, want, rtol=close, atol=close * float(want.max()))
+    for g, x in pairs:
+        slope = torch.randn(len(x), dtype=torch.float64)
+        moved, twin = x.clone(), x.clone()
+        pieces.advance_rows(moved, g, -0.3, slope)
+        with monkeypatch.context() as patch:
+            patch.setattr(pieces, "available", lambda t: False)
+            pieces.advance_rows(twin, g, -0.3, slope)
+        tolerance = {torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float32: 1e-6, torch.float64: 1e-14}[dtype]
+        torch.testing.assert_close(moved, twin, rtol=tolerance, atol=3 * tolerance)
+
+
+@kernels
+def test_products_of_rows_that_float_cannot_hold():
+    x = torch.tensor([[1e25, 1.0], [1e-30, 0.0], [float("nan"), 1.0], [float("inf"), 1.0]])
+    got = pieces.row_products([(x, x)])
+    assert got[0, 0] == pytest.approx(1e50) and got[0, 1] < 1e-37
+    assert got[:, 2].isnan().all() and got[:, 3].isinf().all()
+
+
 LAYERS = {
     "power": lambda c, g, **o: PowerNorm(c, warmup_iters=0, group_num=g, **o),
     "power, warm-up": lambda c, g, **o: PowerNorm(c, warmup_iters=2, group_num=g, **o),

@@ -23,15 +23,18 @@ Reference:
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
+from torch.optim.sgd import sgd
 
+from evenly.core.kernels import pieces
 from evenly.optim._common import (
     Base,
     Piece,
@@ -51,10 +54,18 @@ __all__ = ["SGDP", "AdamP", "project_update"]
 View = Literal["channel", "layer"]
 
 
+class _Seen(NamedTuple):
+    """What the test of the tensors found: the view that projects each, and the squared norms of its rows."""
+
+    views: dict[int, View | None]
+    sums: dict[int, Tensor]
+
+
 class _Projecting(Base):
     """The step that AdamP and SGDP share; they differ in their state and in the update that it makes."""
 
     _counts: dict[str, int] = {}  # noqa: RUF012 (replaced at every step, never changed)
+    _fused_dtypes: tuple[torch.dtype, ...] | None = None  # that the fused kernel takes; None: all
 
     def _check(self, group: dict[str, Any]) -> None:
         at_least("eps", group["eps"], 0)
@@ -80,11 +91,27 @@ class _Projecting(Base):
         whole = []
         for place, layout in enumerate(layouts):
             if layout.splits:  # one at a time, in the same order on every process
-                self._job(group, [[Piece(place)]], w, g, states, layouts)
+                seen = self._test(group, [place], w, g, layouts)
+                self._job(group, [[Piece(place)]], w, g, states, layouts, seen)
             else:
                 whole.append(place)
-        for job in jobs(w, whole, group["foreach"] is not False):
-            self._job(group, job, w, g, states, layouts)
+        seen = self._test(group, whole, w, g, layouts)
+        fused = self._in_one_pass(group, whole, w, g, states, layouts, seen)
+        rest = [place for place in whole if place not in fused] if fused else whole
+        for job in jobs(w, rest, group["foreach"] is not False):
+            self._job(group, job, w, g, states, layouts, seen)
+
+    def _test(
+        self, group: dict[str, Any], places: list[int], w: list[Tensor], g: list[Tensor], layouts: list[Shards]
+    ) -> _Seen:
+        tested = [place for place in places if _testable(layouts[place].shape, group["delta"])]
+        pairs = [(g[place], w[place]) for place in tested]
+        counts = {place: len(w[place]) for place in tested}
+        sums, views = _views(pairs, counts, layouts, group["delta"], group["eps"])
+        for place in places:
+            counted = views.get(place) or "none"
+            self._counts[counted] = self._counts.get(counted, 0) + 1
+        return _Seen(views, sums)
 
     def _job(
         self,
@@ -94,36 +121,10 @@ class _Projecting(Base):
         g: list[Tensor],
         states: list[dict[str, Tensor]],
         layouts: list[Shards],
+        seen: _Seen,
     ) -> None:
+        views, sums = seen
         places = [piece.place for piece in job[0]]
-        tested = [place for place in places if _testable(layouts[place].shape, group["delta"])]
-        products: list[tuple[Tensor, Tensor, Tensor]] = []
-        counts = dict.fromkeys(tested, 0)
-        known: dict[int, tuple[View | None, Tensor]] = {}
-        for bucket in job:
-            gradients = [piece.of(g[piece.place]) for piece in bucket]
-            if len(job) == 1 and counts:
-                pairs = {
-                    piece.place: (gradient, w[piece.place])
-                    for piece, gradient in zip(bucket, gradients, strict=True)
-                    if piece.place in counts and not layouts[piece.place].splits
-                }
-                known = _seen_by_a_row(pairs, group["delta"], group["eps"])
-                for place in known:
-                    del counts[place]
-            for piece, gradient in zip(bucket, gradients, strict=True):
-                if piece.place in counts:
-                    products.append(_products(gradient, piece.of(w[piece.place])))
-                    counts[piece.place] += len(products[-1][0])
-        sums, views = _views(products, counts, layouts, group["delta"], group["eps"])
-        for place, (view, norms) in known.items():
-            views[place], sums[place] = view, norms
-        for place in places:
-            counted = views.get(place) or "none"
-            self._counts[counted] = self._counts.get(counted, 0) + 1
-
-        if self._in_one_pass(group, places, w, g, states, layouts, views, sums):
-            return
         self._count([states[place] for place in places])
         for bucket in job:
             self._accumulate(group, bucket, self._gradients(group, bucket, g), states)
@@ -133,7 +134,7 @@ class _Projecting(Base):
             parts = []
             for bucket in job:
                 (update,) = self._updates(group, bucket, self._gradients(group, bucket, g), states, True)
-                parts.append(_row_products(update, bucket[0].of(w[places[0]])))
+                parts.append(_along([update], [bucket[0].of(w[places[0]])]))
             radial[places[0]] = torch.cat(parts)
         for bucket in job:
             projected = any(views.get(piece.place) for piece in bucket)
@@ -147,7 +148,7 @@ class _Projecting(Base):
             for k, piece in enumerate(bucket):
                 view = views.get(piece.place)
                 if view:
-                    along = radial[piece.place] if radial else _row_products(updates[k], weights[k])
+                    along = radial[piece.place] if radial else _along([updates[k]], [weights[k]])
                     norms = sums[piece.place]
                     if view == "channel" and piece.rows is not None:
                         norms = norms[piece.rows]
@@ -162,7 +163,7 @@ class _Projecting(Base):
     def _decay(self, group: dict[str, Any], weights: list[Tensor], ratios: list[float] | None) -> None:
         if not group["weight_decay"]:
             return
-        strength = number("lr", group["lr"]) * group["weight_decay"] / (1 - group.get("momentum", 0.0))
+        strength = self._strength(group)
         if ratios is None:
             torch._foreach_mul_(weights, 1 - strength)
         else:
@@ -180,11 +181,66 @@ class _Projecting(Base):
         g: list[Tensor],
         states: list[dict[str, Tensor]],
         layouts: list[Shards],
-        views: dict[int, View | None],
-        sums: dict[int, Tensor],
-    ) -> bool:
-        """Take the whole step of these tensors with a fused kernel, if there is one for them."""
-        return False
+        seen: _Seen,
+    ) -> set[int]:
+        """Take the whole step of those tensors that torch's fused kernel for CPUs can take; returns which.
+
+        What is not projected is the base optimizer's step. For the others the kernel gets zeros for the weights and a
+        learning rate of 1, and leaves the negative update there.
+        """
+        if group["foreach"] is False or not self._fusible(group):
+            return set()
+        places = [
+            place
+            for place in places
+            if w[place].is_cpu
+            and w[place].numel()
+            and (self._fused_dtypes is None or w[place].dtype in self._fused_dtypes)
+            and all(t.is_contiguous() for t in (w[place], g[place], *states[place].values()))
+        ]
+        views, sums = seen
+        lr = number("lr", group["lr"])
+        plain = [place for place in places if not views.get(place)]
+        if plain:
+            self._fused(group, [w[place] for place in plain], plain, g, states, lr)
+        strength = group["wd_ratio"] * self._strength(group)
+        for job in jobs(w, [place for place in places if views.get(place)], True):
+            projected = [piece.place for piece in job[0]]
+            weights = [w[place] for place in projected]
+            updates = [torch.zeros_like(weight) for weight in weights]
+            self._fused(group, updates, projected, g, states, 1.0, decay=False)
+            lengths = [len(weight) for weight in weights]
+            alongs, norms = _along(updates, weights).split(lengths), [sums[place] for place in projected]
+            for k, place in enumerate(projected):
+                if views[place] == "layer":
+                    alongs[k].fill_(alongs[k].sum().item())
+                    norms[k] = norms[k].sum().expand(lengths[k])
+            slopes = _part(torch.cat(alongs), torch.cat(norms), group["eps"]).mul_(-lr).sub_(strength)
+            for weight, update, slope in zip(weights, updates, slopes.split(lengths), strict=True):
+                pieces.advance_rows(weight, update, lr, slope)
+        return set(places)
+
+    def _fusible(self, group: dict[str, Any]) -> bool:
+        """Whether torch has a fused kernel for the base optimizer's step with these settings."""
+        raise TypeError("write _fusible in the subclass")
+
+    def _fused(
+        self,
+        group: dict[str, Any],
+        targets: list[Tensor],
+        places: list[int],
+        g: list[Tensor],
+        states: list[dict[str, Tensor]],
+        lr: float,
+        *,
+        decay: bool = True,
+    ) -> None:
+        """The base optimizer's fused step, taken on ``targets``."""
+        raise TypeError("write _fused in the subclass")
+
+    def _strength(self, group: dict[str, Any]) -> float:
+        """What weight decay takes from a weight, relative to it."""
+        return number("lr", group["lr"]) * group["weight_decay"] / (1 - group.get("momentum", 0.0))
 
     def _count(self, states: list[dict[str, Tensor]]) -> None:
         """Count a step of these parameters."""
@@ -233,8 +289,7 @@ class AdamP(_Projecting):
         maximize: maximize the objective; False.
         foreach: work on many tensors, and on pieces of large ones that stay in the cache, at once. ``None``
             (default) means True; False takes one tensor after the other and gives the same up to rounding. On a
-            CPU the moments are brought up to date by the fused kernel of ``torch.optim.AdamW``, except with
-            ``nesterov``.
+            CPU True means the fused kernel of ``torch.optim.AdamW``, except with ``nesterov``.
 
     Attributes:
         projected: how many tensors the last step projected by ``"channel"``, by ``"layer"``, and left (``"none"``).
@@ -296,35 +351,8 @@ class AdamP(_Projecting):
             return state  # no DTensor
         return {key: local(value) for key, value in state.items()}
 
-    def _in_one_pass(
-        self,
-        group: dict[str, Any],
-        places: list[int],
-        w: list[Tensor],
-        g: list[Tensor],
-        states: list[dict[str, Tensor]],
-        layouts: list[Shards],
-        views: dict[int, View | None],
-        sums: dict[int, Tensor],
-    ) -> bool:
-        # torch's fused kernel for CPUs. What is not projected is AdamW's step; else the kernel gets zeros for the
-        # weights and a learning rate of 1, and leaves the negative update there.
-        tensors = [t for place in places for t in (w[place], g[place], *states[place].values())]
-        if group["nesterov"] or any(t.device.type != "cpu" or not t.is_contiguous() for t in tensors):
-            return False
-        lr = number("lr", group["lr"])
-        plain = [place for place in places if not views.get(place)]
-        self._fused(group, [w[place] for place in plain], plain, g, states, lr, group["weight_decay"])
-        projected = [place for place in places if views.get(place)]
-        updates = [torch.zeros_like(w[place]) for place in projected]
-        self._fused(group, updates, projected, g, states, 1.0, 0.0)
-        for place, update in zip(projected, updates, strict=True):
-            view = views[place]
-            assert view is not None
-            along = _row_products(update, w[place])
-            update = _remove(update, w[place], along, sums[place], view, layouts[place], group["eps"])
-            w[place].mul_(1 - lr * group["weight_decay"] * group["wd_ratio"]).add_(update, alpha=lr)
-        return True
+    def _fusible(self, group: dict[str, Any]) -> bool:
+        return not group["nesterov"]
 
     def _fused(
         self,
@@ -334,10 +362,9 @@ class AdamP(_Projecting):
         g: list[Tensor],
         states: list[dict[str, Tensor]],
         lr: float,
-        weight_decay: float,
+        *,
+        decay: bool = True,
     ) -> None:
-        if not targets:
-            return
         beta1, beta2 = group["betas"]
         adamw(
             targets,
@@ -351,7 +378,7 @@ class AdamP(_Projecting):
             beta1=beta1,
             beta2=beta2,
             lr=lr,
-            weight_decay=weight_decay,
+            weight_decay=group["weight_decay"] if decay else 0.0,
             eps=group["eps"],
             maximize=group["maximize"],
         )
@@ -413,7 +440,9 @@ class SGDP(_Projecting):
         weight_decay: 0. The authors use 1e-5 with ``lr=0.1, momentum=0.9, nesterov=True``.
         nesterov: Nesterov's update, needs momentum; False.
         eps: added to norms; 1e-8.
-        delta, wd_ratio, maximize, foreach: as in :class:`AdamP`.
+        delta, wd_ratio, maximize: as in :class:`AdamP`.
+        foreach: as in :class:`AdamP`; on a CPU float32 and float64 take the fused kernel of ``torch.optim.SGD``, if
+            there is momentum.
         buffer: without Nesterov, ``"paper"`` (default) keeps the momentum as it is and projects a copy;
             ``"code"`` projects the momentum buffer itself, as the authors' released code does.
 
@@ -434,6 +463,9 @@ class SGDP(_Projecting):
     >>> w.data
     tensor([[2.9000, 3.9000]])
     """
+
+    # torch 2.13's fused kernel skips whole vectors of half parameters (pytorch issue 191763)
+    _fused_dtypes = (torch.float32, torch.float64)
 
     def __init__(
         self,
@@ -498,6 +530,40 @@ class SGDP(_Projecting):
             return list(torch._foreach_add(g, buffers, alpha=group["momentum"]))
         return [buffer.clone() for buffer in buffers] if own and group["buffer"] == "paper" else buffers
 
+    def _fusible(self, group: dict[str, Any]) -> bool:
+        return group["momentum"] > 0 and (group["nesterov"] or group["buffer"] == "paper")
+
+    def _fused(
+        self,
+        group: dict[str, Any],
+        targets: list[Tensor],
+        places: list[int],
+        g: list[Tensor],
+        states: list[dict[str, Tensor]],
+        lr: float,
+        *,
+        decay: bool = True,
+    ) -> None:
+        gradients = [g[place] for place in places]
+        buffers = [states[place]["momentum_buffer"] for place in places]
+        # torch's step has no weight decay of this kind: pieces of large weights decay while they are in the cache
+        for bucket in itertools.chain.from_iterable(jobs(targets, range(len(targets)), True)):
+            weights = [piece.of(targets[piece.place]) for piece in bucket]
+            if decay:
+                self._decay(group, weights, None)
+            sgd(
+                weights,
+                [piece.of(gradients[piece.place]) for piece in bucket],
+                [piece.of(buffers[piece.place]) for piece in bucket],
+                fused=True,
+                weight_decay=0.0,
+                momentum=group["momentum"],
+                lr=lr,
+                dampening=group["dampening"],
+                nesterov=group["nesterov"],
+                maximize=group["maximize"],
+            )
+
     def _sizes(self, group: dict[str, Any], bucket: list[Piece], states: list[Any]) -> list[float]:
         return [number("lr", group["lr"])] * len(bucket)
 
@@ -538,26 +604,20 @@ def project_update(
     if not _testable(w.shape, delta):
         return u, None
     layout = Shards(tuple(w.shape))
-    sums, views = _views([_products(g, w)], {0: w.shape[0]}, [layout], delta, eps)
+    sums, views = _views([(g, w)], {0: w.shape[0]}, [layout], delta, eps)
     view = views[0]
     if view is None:
         return u, None
-    return _remove(u.clone(), w, _row_products(u, w), sums[0], view, layout, eps), view
+    return _remove(u.clone(), w, _along([u], [w]), sums[0], view, layout, eps), view
 
 
 def _testable(shape: Sequence[int], delta: float) -> bool:
     return len(shape) > 1 and delta > 0 and math.prod(shape) > 0
 
 
-def _products(g: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    # <g, w>, |g| and |w| of each row, in float32 or better.
-    g, w = _wide(g), _wide(w)
-    axes = tuple(range(1, w.dim()))
-    return (g * w).sum(axes), torch.linalg.vector_norm(g, dim=axes), torch.linalg.vector_norm(w, dim=axes)
-
-
-def _row_products(u: Tensor, w: Tensor) -> Tensor:
-    return (_wide(u) * _wide(w)).sum(tuple(range(1, w.dim())))
+def _along(updates: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    # <u, w> of each row
+    return pieces.row_products(list(zip(updates, weights, strict=True)))[0]
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -565,23 +625,17 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _views(
-    products: list[tuple[Tensor, Tensor, Tensor]],
-    counts: dict[int, int],
-    layouts: Sequence[Shards],
-    delta: float,
-    eps: float,
+    pairs: Sequence[tuple[Tensor, Tensor]], counts: dict[int, int], layouts: Sequence[Shards], delta: float, eps: float
 ) -> tuple[dict[int, Tensor], dict[int, View | None]]:
-    # The squared norm of each whole row of each tensor, and which view of the tensor passes the test. `products` are
-    # of all rows in turn, `counts` says how many are whose. One transfer from the device for all tensors.
+    # The squared norm of each whole row of each tensor, and which view of the tensor passes the test. `pairs` are the
+    # rows of gradients and weights in turn, `counts` says how many are whose. One transfer from the device for all.
     if not counts:
         return {}, {}
     lengths = list(counts.values())
-    product, g, w = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*products, strict=True))
-    rows = torch.stack([product, g.square(), w.square()])
+    rows = pieces.row_products(pairs)
     layout = layouts[next(iter(counts))] if len(counts) == 1 else Shards(())
     layout.sum_(rows, range(1, len(layout.shape)))
-    if layout.splits:
-        product, g, w = rows[0], rows[1].sqrt(), rows[2].sqrt()
+    product, g, w = rows[0], rows[1].sqrt(), rows[2].sqrt()
     cosines = product.abs() / (g.clamp_min(eps) * w.clamp_min(eps))
     if len(counts) == 1:
         totals = rows.sum(1, keepdim=True)
@@ -606,37 +660,9 @@ def _views(
     return dict(zip(counts, rows[2].split(lengths), strict=True)), views
 
 
-def _seen_by_a_row(
-    pairs: dict[int, tuple[Tensor, Tensor]], delta: float, eps: float
-) -> dict[int, tuple[View | None, Tensor]]:
-    # A shortcut on a CPU: tensors whose first row alone fails the test of the channels need only the whole tensor's
-    # products, which cost no temporary. Returns their view and squared norm.
-    tried = {
-        place: (g, w)
-        for place, (g, w) in pairs.items()
-        if w.device.type == "cpu" and w.dtype is g.dtype is torch.float32 and w.is_contiguous() and g.is_contiguous()
-    }
-    failed = []
-    heads = [(g[0].view(-1), w[0].view(-1)) for g, w in tried.values()]
-    for place, (_, w), cosine in zip(tried, heads, _cosines(heads, eps), strict=True):
-        if cosine >= delta / math.sqrt(len(w)):
-            failed.append(place)
-    flat = [(g.view(-1), w.view(-1)) for g, w in (tried[place] for place in failed)]
-    cosines = _cosines(flat, eps)
-    seen: dict[int, tuple[View | None, Tensor]] = {}
-    for place, (_, w), cosine in zip(failed, flat, cosines, strict=True):
-        layer = cosine < delta / math.sqrt(len(w))
-        seen[place] = ("layer", torch.dot(w, w).view(1)) if layer else (None, w[:0])
-    return seen
-
-
-def _cosines(pairs: list[tuple[Tensor, Tensor]], eps: float) -> list[float]:
-    if not pairs:
-        return []
-    g, w = ([pair[side] for pair in pairs] for side in (0, 1))
-    products = torch.stack([torch.dot(a, b) for a, b in pairs]).abs_()
-    norms = (torch.stack(list(torch._foreach_norm(side))).clamp_min_(eps) for side in (g, w))
-    return (products / math.prod(norms)).tolist()
+def _part(along: Tensor, norms: Tensor, eps: float) -> Tensor:
+    # <w, u> / (|w| + eps)² of rows; `norms` are the squared norms.
+    return along / (norms.sqrt() + eps).square_()
 
 
 def _remove(u: Tensor, w: Tensor, along: Tensor, norms: Tensor, view: View, layout: Shards, eps: float) -> Tensor:
@@ -645,7 +671,7 @@ def _remove(u: Tensor, w: Tensor, along: Tensor, norms: Tensor, view: View, layo
         along, norms = layout.sum_(along.sum(0, keepdim=True)), layout.sum_(norms.sum(0, keepdim=True), (0,))
     else:
         along = layout.sum_(along.clone(), range(1, len(layout.shape))) if layout.splits else along
-    part = (along / (norms.sqrt() + eps).square_()).view(-1, *[1] * (w.dim() - 1))
+    part = _part(along, norms, eps).to(_wide(u).dtype).view(-1, *[1] * (w.dim() - 1))
     if u.dtype == part.dtype == w.dtype:
         return u.addcmul_(w, part, value=-1)
     return u.copy_(u - w * part)

@@ -4,6 +4,8 @@ Such a layer measures a number a statistic, works with few numbers, and maps eve
 does the same with the gradient. These are the passes over values, each one reading of memory on a CPU:
 
 - :func:`sums_of_squares`, :math:`\sum x^2`, and :func:`sums_of_pairs`, :math:`\sum g` and :math:`\sum g (x - m)`;
+- :func:`row_products`, :math:`\sum gx`, :math:`\sum g^2` and :math:`\sum x^2` of rows, and :func:`advance_rows`,
+  which moves rows in place: those of an optimizer;
 - :func:`combine`, :math:`g\,a + (x - m)\,b + c`, and :func:`scale`, the same without :math:`g`;
 - :func:`scan`, the recursion :math:`s_t = a_t s_{t-1} + v_t` along the first axis;
 - :func:`clip`, the clamp of a scaled value, and its gradient.
@@ -36,10 +38,13 @@ from evenly.core.patterns import bind
 __all__ = [
     "Online",
     "Power",
+    "advance_rows",
     "available",
     "clip",
     "combine",
     "fits",
+    "in_rows",
+    "row_products",
     "scale",
     "scan",
     "statistic_dtype",
@@ -104,6 +109,60 @@ def sums_of_pairs(g: Tensor, x: Tensor, kept: Sequence[int], mean: Tensor | None
         )
     )
     return first, second
+
+
+def row_products(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Of each row of each pair (g, x), the sums of ``g * x``, ``g²`` and ``x²`` over all axes but the first: (3, rows).
+
+    The rows of all pairs one after the other, in float64 on a CPU.
+
+    >>> row_products([(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]])), (torch.ones(2, 1), torch.zeros(2, 1))])
+    tensor([[11.,  0.,  0.],
+            [ 5.,  1.,  1.],
+            [25.,  0.,  0.]], dtype=torch.float64)
+    """
+    if not all(in_rows(g, x) for g, x in pairs):
+        return torch.cat([_row_products(g, x) for g, x in pairs], 1)
+    lengths = [x.shape[0] for _, x in pairs]
+    total = sum(lengths)
+    out = torch.empty(3, total, dtype=torch.float64)
+    at, products = out.data_ptr(), _kernels().products
+    for (g, x), rows in zip(pairs, lengths, strict=True):
+        products(DTYPES[x.dtype], rows, x.numel() // rows, g.data_ptr(), x.data_ptr(), at, total)
+        at += 8 * rows
+    return out
+
+
+def _row_products(g: Tensor, x: Tensor) -> Tensor:
+    if x.is_cpu and x.numel() > 1 << 18 and len(x) > 1 and not torch.compiler.is_compiling():
+        rows = max(1, (len(x) << 18) // x.numel())  # temporary values that stay in the cache
+        return torch.cat([_row_products(*part) for part in zip(g.split(rows), x.split(rows), strict=True)], 1)
+    u, v = g.to(accumulate_dtype(g.dtype)), x.to(accumulate_dtype(x.dtype))
+    axes = list(range(1, x.ndim))
+    return torch.stack([(u * v).sum(axes), u.square().sum(axes), v.square().sum(axes)]).to(statistic_dtype(x))
+
+
+def in_rows(g: Tensor, x: Tensor) -> bool:
+    """Whether the kernels read both as the same rows."""
+    return available(x) and available(g) and g.dtype is x.dtype and x.is_contiguous() and g.is_contiguous()
+
+
+def advance_rows(x: Tensor, g: Tensor, gain: float, slope: Tensor) -> None:
+    """``x += g * gain + x * slope`` in place, with a slope for each row (axis 0), for tensors :func:`in_rows` allows.
+
+    >>> x = torch.ones(2, 2)
+    >>> advance_rows(x, torch.ones(2, 2), -0.5, torch.tensor([0.0, 1.0], dtype=torch.float64))
+    >>> x
+    tensor([[0.5000, 0.5000],
+            [1.5000, 1.5000]])
+    """
+    rows = x.shape[0]
+    if not in_rows(g, x):
+        wide = slope.to(accumulate_dtype(x.dtype)).view(-1, *[1] * (x.ndim - 1))
+        x.add_(g * gain + x * wide)
+        return
+    slope = slope.contiguous()
+    _kernels().advance(DTYPES[x.dtype], rows, x.numel() // rows, g.data_ptr(), gain, slope.data_ptr(), x.data_ptr())
 
 
 # ---- maps -----------------------------------------------------------------------------------------------------------

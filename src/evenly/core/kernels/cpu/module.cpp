@@ -161,6 +161,16 @@ int sums(int dtype, int64_t K0, int64_t R0, int64_t K1, int64_t R1, uintptr_t x,
                              at<double>(second));
 }
 
+int products(int dtype, int64_t rows, int64_t n, uintptr_t g, uintptr_t x, uintptr_t out, int64_t apart) {
+  nb::gil_scoped_release unlocked;
+  return chosen.pieces->products(dtype, rows, n, at<void>(g), at<void>(x), at<double>(out), apart);
+}
+
+int advance(int dtype, int64_t rows, int64_t n, uintptr_t g, double gain, uintptr_t slope, uintptr_t x) {
+  nb::gil_scoped_release unlocked;
+  return chosen.pieces->advance(dtype, rows, n, at<void>(g), gain, at<double>(slope), at<void>(x));
+}
+
 int combine(int dtype, int64_t K0, int64_t R0, int64_t K1, int64_t R1, uintptr_t x, uintptr_t g, uintptr_t gain,
             uintptr_t m, uintptr_t slope, uintptr_t shift, uintptr_t y) {
   nb::gil_scoped_release unlocked;
@@ -301,6 +311,8 @@ NB_MODULE(_kernels, m) {
       .def_prop_ro("bits_bytes", [](const Layout& l) { return chosen.kernels->bits_bytes(l.p); })
       .def_prop_ro("bits_row", [](const Layout& l) { return chosen.kernels->bits_row(l.p); });
   m.def("sums", &sums);
+  m.def("products", &products);
+  m.def("advance", &advance);
   m.def("combine", &combine);
   m.def("scan", &scan);
   m.def("clip", &clip);

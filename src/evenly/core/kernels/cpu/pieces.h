@@ -78,6 +78,10 @@ struct OnlineNumbers {
 struct Pieces {
   // g null: first = sum of x². Otherwise first = sum of g, second = sum of g*(x - m); m may be null.
   int (*sums)(const Block&, const void* x, const void* g, const double* m, double* first, double* second);
+  // Of each row of n values: the sums of g*x, g² and x², into out[0], out[apart] and out[2*apart] at the row.
+  int (*products)(int dtype, int64_t rows, int64_t n, const void* g, const void* x, double* out, int64_t apart);
+  // x += g*gain + x*slope, with a slope for each row of n values.
+  int (*advance)(int dtype, int64_t rows, int64_t n, const void* g, double gain, const double* slope, void* x);
   // y = g*gain + (x - m)*slope + shift; g, m and shift may be null.
   int (*combine)(const Block&, const void* x, const void* g, const double* gain, const double* m,
                  const double* slope, const double* shift, void* y);

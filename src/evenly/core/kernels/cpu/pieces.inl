@@ -350,6 +350,37 @@ int sums_of(const Block& b, const void* x, const void* g, const double* m, doubl
   return g ? sums_of_runs<T, true>(b, xs, gs, m, first, second) : sums_of_runs<T, false>(b, xs, gs, m, first, second);
 }
 
+// Sums of products of n contiguous values: of g*x, g² and x². Squares that underflow count as 0.
+template <class T>
+void products_of_run(const T* g, const T* x, int64_t n, double* out, int64_t apart) {
+  using V = typename Tr<T>::V;
+  constexpr int W = Tr<T>::W;
+  double total[3] = {};
+  for (int64_t from = 0; from < n; from += PIECE) {
+    const int64_t many = min_of(PIECE, n - from);
+    V gx[2] = {}, gg[2] = {}, xx[2] = {};
+    auto step = [&](int64_t i, int left, int to) EVENLY_EACH {
+      const V u = take(g + from + i, left), v = take(x + from + i, left);
+      gx[to] += u * v;
+      gg[to] += u * u;
+      xx[to] += v * v;
+    };
+    int64_t i = 0;
+    for (; i + 2 * W <= many; i += 2 * W) step(i, W, 0), step(i + W, W, 1);
+    for (; i < many; i += W) step(i, static_cast<int>(min_of(W, many - i)), 0);
+    double sums[3] = {sum_lanes(gx[0] + gx[1]), sum_lanes(gg[0] + gg[1]), sum_lanes(xx[0] + xx[1])};
+    if (sizeof(typename Tr<T>::A) == 4 && !(std::isfinite(sums[0]) && sums[1] < 1e38 && sums[2] < 1e38)) {
+      sums[0] = sums[1] = sums[2] = 0;
+      for (int64_t j = from; j < from + many; ++j) {
+        const double u = to_double(g[j]), v = to_double(x[j]);
+        sums[0] += u * v, sums[1] += u * u, sums[2] += v * v;
+      }
+    }
+    for (int k = 0; k < 3; ++k) total[k] += sums[k];
+  }
+  for (int k = 0; k < 3; ++k) out[k * apart] = total[k];
+}
+
 // ---- maps -----------------------------------------------------------------------------------------------------
 
 // What the loops need of a statistic: the mean in the type of the arithmetic, what rounding took from it in shift.
@@ -1221,6 +1252,38 @@ int sums(const Block& b, const void* x, const void* g, const double* m, double* 
   });
 }
 
+int products(int dtype, int64_t rows, int64_t n, const void* g, const void* x, double* out, int64_t apart) {
+  return with_type(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const int64_t group = max_of(1, TASK / n);
+    spread(rows * n, ceil_div(rows, group), [&](int64_t task) {
+      for (int64_t r = task * group; r < min_of(rows, (task + 1) * group); ++r)
+        products_of_run<T>(static_cast<const T*>(g) + r * n, static_cast<const T*>(x) + r * n, n, out + r, apart);
+    });
+    return static_cast<int>(OK);
+  });
+}
+
+int advance(int dtype, int64_t rows, int64_t n, const void* g, double gain, const double* slope, void* x) {
+  return with_type(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using A = typename Tr<T>::A;
+    const int64_t group = max_of(1, TASK / n);
+    spread(rows * n, ceil_div(rows, group), [&](int64_t task) {
+      for (int64_t r = task * group; r < min_of(rows, (task + 1) * group); ++r) {
+        const T* u = static_cast<const T*>(g) + r * n;
+        T* v = static_cast<T*>(x) + r * n;
+        const auto a = splat(static_cast<A>(gain)), b = splat(static_cast<A>(slope[r]));
+        vectors<T>(n, [&](int64_t j, int left) EVENLY_EACH {
+          const auto old = take(v + j, left);
+          put(v + j, old + (take(u + j, left) * a + old * b), left);
+        });
+      }
+    });
+    return static_cast<int>(OK);
+  });
+}
+
 int combine(const Block& b, const void* x, const void* g, const double* gain, const double* m, const double* slope,
             const double* shift, void* y) {
   return with_type(b.dtype, [&](auto* type) {
@@ -1275,9 +1338,9 @@ int online_control(const OnlineNumbers& p) { return OnlineFew(p).control(); }
 }  // namespace EVENLY_ISA
 
 extern const Pieces EVENLY_TABLE;
-const Pieces EVENLY_TABLE = {EVENLY_ISA::sums,          EVENLY_ISA::combine,        EVENLY_ISA::clip,
-                             EVENLY_ISA::scan,          EVENLY_ISA::power_forward, EVENLY_ISA::power_backward,
-                             EVENLY_ISA::online_forward, EVENLY_ISA::online_backward, EVENLY_ISA::online_numbers,
-                             EVENLY_ISA::online_control};
+const Pieces EVENLY_TABLE = {
+    EVENLY_ISA::sums,          EVENLY_ISA::products,        EVENLY_ISA::advance,        EVENLY_ISA::combine,
+    EVENLY_ISA::clip,          EVENLY_ISA::scan,            EVENLY_ISA::power_forward,  EVENLY_ISA::power_backward,
+    EVENLY_ISA::online_forward, EVENLY_ISA::online_backward, EVENLY_ISA::online_numbers, EVENLY_ISA::online_control};
 
 }  // namespace evenly
