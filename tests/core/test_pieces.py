@@ -270,18 +270,13 @@ def check_layer(layer, shape, dtype, monkeypatch):
         torch.testing.assert_close(p.double() / largest, q.double() / largest, rtol=tolerance, atol=tolerance)
 
 
-@kernels
-@pytest.mark.parametrize("name", LAYERS)
-def test_bits_do_not_depend_on_the_number_of_threads(name):
+def same_bits_with_any_threads(compute):
     before = torch.get_num_threads()
-    torch.manual_seed(0)
-    batches = [(torch.randn(331, 264) * 2 + 1, torch.randn(331, 264)) for _ in range(3)]
-    layer = randomized(LAYERS[name](264, 4))
     try:
         results = []
         for threads in (1, 2, 3, 1):
             torch.set_num_threads(threads)
-            results.append(steps_of(copy.deepcopy(layer), batches))
+            results.append(compute())
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -289,48 +284,35 @@ def test_bits_do_not_depend_on_the_number_of_threads(name):
 
 
 @kernels
-def test_bits_of_images_do_not_depend_on_the_number_of_threads():
-    before = torch.get_num_threads()
+@pytest.mark.parametrize(
+    ("name", "shape"), [(name, (331, 264)) for name in LAYERS] + [("online, groups", (40, 264, 3, 3))]
+)
+def test_bits_do_not_depend_on_the_number_of_threads(name, shape):
     torch.manual_seed(0)
-    batches = [(torch.randn(40, 264, 3, 3) * 2 + 1, torch.randn(40, 264, 3, 3)) for _ in range(2)]
-    try:
-        results = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(steps_of(copy.deepcopy(LAYERS["online, groups"](264, 4)), batches))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(p, q) for p, q in zip(results[0], other, strict=True))
+    batches = [(torch.randn(shape) * 2 + 1, torch.randn(shape)) for _ in range(3)]
+    layer = randomized(LAYERS[name](264, 4))
+    same_bits_with_any_threads(lambda: steps_of(copy.deepcopy(layer), batches))
 
 
 @kernels
 @pytest.mark.parametrize(("shape", "kept"), [((9, 16, 33, 31), [1]), ((40, 2000), [0]), ((3000, 50), [1])])
 @pytest.mark.parametrize("last", [False, True])
 def test_pieces_do_not_depend_on_the_number_of_threads(shape, kept, last):
-    before = torch.get_num_threads()
     torch.manual_seed(0)
     x, g = torch.randn(shape), torch.randn(shape)
     if last and x.ndim == 4:
         x, g = x.to(memory_format=torch.channels_last), g.to(memory_format=torch.channels_last)
     gain, slope, shift = (numbers(x, kept) for _ in range(3))
     v = torch.randn(300, 1000)
-    try:
-        results = []
-        for threads in (1, 2, 3, 1):
-            torch.set_num_threads(threads)
-            results.append(
-                [
-                    pieces.sums_of_squares(x, kept),
-                    *pieces.sums_of_pairs(g, x, kept, shift),
-                    pieces.combine(g, x, kept, gain, slope, shift, slope),
-                    *pieces.scan(0.9, v, v[0]),
-                ]
-            )
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(p, q) for p, q in zip(results[0], other, strict=True))
+    same_bits_with_any_threads(
+        lambda: [
+            pieces.sums_of_squares(x, kept),
+            *pieces.sums_of_pairs(g, x, kept, shift),
+            pieces.combine(g, x, kept, gain, slope, shift, slope),
+            pieces.row_products([(g.contiguous(), x.contiguous())]),
+            *pieces.scan(0.9, v, v[0]),
+        ]
+    )
 
 
 @kernels

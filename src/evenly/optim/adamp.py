@@ -157,8 +157,8 @@ class _Projecting(Base):
             _subtract(weights, updates, self._sizes(group, bucket, states))
 
     def _gradients(self, group: dict[str, Any], bucket: list[Piece], g: list[Tensor]) -> list[Tensor]:
-        pieces = [piece.of(g[piece.place]) for piece in bucket]
-        return list(torch._foreach_neg(pieces)) if group["maximize"] else pieces
+        gradients = [piece.of(g[piece.place]) for piece in bucket]
+        return list(torch._foreach_neg(gradients)) if group["maximize"] else gradients
 
     def _decay(self, group: dict[str, Any], weights: list[Tensor], ratios: list[float] | None) -> None:
         if not group["weight_decay"]:

@@ -566,11 +566,9 @@ class PowerPass {
     const double n = static_cast<double>(p.rows);
     double* state = numbers.data + C;
     double* dots = numbers.data + 2 * C;
-    if (p.exact) {
+    read_numbers(p.exact ? nullptr : p.state, p.wdtype, C, state);
+    if (p.exact)
       if (const int status = pass<PAIRS>()) return status;
-    } else {
-      read_numbers(p.state, p.wdtype, C, state);
-    }
     for (int64_t j = 0; j < C; ++j) {
       const double weight = numbers.data[j], inverse = 1 / std::sqrt(phi[j] + p.eps);
       const double back = p.batch ? 1 / std::sqrt(total[j] / n + p.eps) : inverse;
