@@ -380,12 +380,19 @@ class Cols {
     if (p.dresidual) out.dresidual = static_cast<T*>(p.dresidual) + at;
     return out;
   }
-  int64_t width_of(int64_t r) const { return r < rows ? P : rest; }
+  // The full rows of a range at once, then the partial one.
+  template <class F>
+  void over_series(int64_t from, int64_t to, const F& f) const {
+    Series<T> series;
+    series.many = min_of(to, rows) - from, series.stride = P, series.bits_stride = g.bits_row;
+    if (series.many > 0) f(from, P, series);
+    if (to > rows) f(rows, rest, Series<T>());
+  }
 
   void apply(int64_t k0, int64_t from, int64_t to, const A* c) const {
     const ApplyFn<T> f = pick_apply<T, COLUMN>(p.act, p.residual, p.relu_bits);
     const Coefficients<T> k = coefficients(c);
-    for (int64_t r = from; r < to; ++r) f(row_at(k0, r), width_of(r), k);
+    over_series(from, to, [&](int64_t r, int64_t width, const Series<T>& series) { f(row_at(k0, r), width, k, series); });
   }
 
   // ---- backward
@@ -498,6 +505,8 @@ class Cols {
     b.cv = e + 3 * P;
     b.given = p.given;
     const Coefficients<T> k = coefficients(c);
-    for (int64_t r = from; r < to; ++r) f(row_at(k0, r), width_of(r), k, b, nullptr);
+    over_series(from, to, [&](int64_t r, int64_t width, const Series<T>& series) {
+      f(row_at(k0, r), width, k, b, series, {}, nullptr, 0);
+    });
   }
 };

@@ -162,14 +162,18 @@ bool deviations(const T* p, int64_t nr, int64_t stride, int64_t len, typename Tr
   return sizeof(T) == 4 && nr * len >= 256 && pack_lanes(squares > splat(0.8 * ss)) != 0;
 }
 
-// Merge the moments of nr runs of len values, stride apart. raw: sum of squares about zero.
+// Mean and sum of squared deviations of nr runs of len values, stride apart, from what deviations() found about the
+// pivot; raw: sum of squares about zero.
 template <class T>
-void moments_block(const T* p, int64_t nr, int64_t stride, int64_t len, bool raw, Moments& out) {
+EVENLY_INLINE void moments_from(const T* p, int64_t nr, int64_t stride, int64_t len, bool raw, typename Tr<T>::A pivot,
+                                double s, double ss, bool lonely, double& mean, double& m2) {
   using A = typename Tr<T>::A;
   const double n = static_cast<double>(nr * len), inverse = 1 / n;
-  A pivot = raw ? A(0) : pivot_of(p, nr, stride, len);
-  double s, ss;
-  bool lonely = deviations(p, nr, stride, len, pivot, s, ss);
+  auto slow = [&] {
+    Moments mo;
+    moments_slow(p, nr, stride, len, raw, nullptr, mo);
+    mean = mo.mean, m2 = mo.m2;
+  };
   if (!raw && s * s > 0.25 * n * ss) {  // the pivot was far from the mean
     const A moved = static_cast<A>(static_cast<double>(pivot) + s * inverse);
     if (std::isfinite(moved)) {
@@ -177,15 +181,40 @@ void moments_block(const T* p, int64_t nr, int64_t stride, int64_t len, bool raw
       lonely = deviations(p, nr, stride, len, pivot, s, ss);
     }
   }
-  if (lonely) return moments_slow(p, nr, stride, len, raw, nullptr, out);
+  if (lonely) return slow();
   if (sizeof(A) == 4 ? out_of_range(ss) : !std::isfinite(ss)) {
     const bool constant = ss == 0 && s == 0 && to_double(p[0]) == pivot && to_double(p[len - 1]) == pivot;
-    if (!constant) return moments_slow(p, nr, stride, len, raw, nullptr, out);
+    if (!constant) return slow();
   }
-  if (raw)
-    out.merge(n, 0, ss);
-  else
-    out.merge(n, pivot + s * inverse, ss > s * (s * inverse) ? ss - s * (s * inverse) : 0);
+  mean = raw ? 0 : pivot + s * inverse;
+  m2 = raw ? ss : ss > s * (s * inverse) ? ss - s * (s * inverse) : 0;
+}
+
+// Merge the moments of nr runs of len values, stride apart.
+template <class T>
+void moments_block(const T* p, int64_t nr, int64_t stride, int64_t len, bool raw, Moments& out) {
+  using A = typename Tr<T>::A;
+  const A pivot = raw ? A(0) : pivot_of(p, nr, stride, len);
+  double s, ss, mean, m2;
+  const bool lonely = deviations(p, nr, stride, len, pivot, s, ss);
+  moments_from(p, nr, stride, len, raw, pivot, s, ss, lonely, mean, m2);
+  out.merge(static_cast<double>(nr * len), mean, m2);
+}
+
+constexpr int64_t MANY = 32;  // statistics that are worked on together at most
+
+// Moments of many <= MANY such blocks, the next one `apart` values from the one before. In stages, so that the end of
+// a chain of additions is not waited for: a processor works on the next block meanwhile.
+template <class T>
+void moments_many(const T* p, int64_t many, int64_t apart, int64_t nr, int64_t stride, int64_t len, bool raw,
+                  double* mean, double* m2) {
+  using A = typename Tr<T>::A;
+  A pivot[MANY];
+  bool lonely[MANY];
+  for (int64_t j = 0; j < many; ++j) pivot[j] = raw ? A(0) : pivot_of(p + j * apart, nr, stride, len);
+  for (int64_t j = 0; j < many; ++j) lonely[j] = deviations(p + j * apart, nr, stride, len, pivot[j], mean[j], m2[j]);
+  for (int64_t j = 0; j < many; ++j)
+    moments_from(p + j * apart, nr, stride, len, raw, pivot[j], mean[j], m2[j], lonely[j], mean[j], m2[j]);
 }
 
 // ---- geometry -------------------------------------------------------------------------------------------------
@@ -325,33 +354,55 @@ inline Stat stat_of(const Problem& p, int64_t k) {
   return {m, r, -low * r, (!p.center && p.scale == SCALE_STD && !p.given) ? (m + low) * r : 0.0};
 }
 
+// The statistics k, ..., k + many - 1 from the moments of n values each.
 template <class A>
-inline void finish(const Problem& p, int64_t k, const Moments& raw_moments, bool raw) {
-  A* s = static_cast<A*>(p.stats);
+inline void finish_many(const Problem& p, int64_t k, int64_t many, double n, const double* mean, const double* m2,
+                        bool raw) {
   const int64_t K = p.K0 * p.K1;
-  Moments mo = raw_moments;
-  const double left = mo.n - p.correction;
-  const double var = mo.n == 0 ? 0 : left > 0 ? mo.m2 / left : NAN;
-  double r = 1;
-  if (p.scale == SCALE_STD || p.scale == SCALE_RMS) r = 1 / std::sqrt(var + p.eps);
-  if (p.scale == SCALE_L2) {
-    const double norm = std::sqrt(mo.m2);
-    r = 1 / (norm < p.eps ? p.eps : norm == 0 ? norm_of_zero<A>() : norm);
+  A* s = static_cast<A*>(p.stats) + k;
+  const double left = n - p.correction;
+  double var[MANY], r[MANY];
+  for (int64_t j = 0; j < many; ++j) var[j] = n == 0 ? 0 : left > 0 ? m2[j] / left : NAN;
+  switch (p.scale) {
+    case SCALE_STD:
+    case SCALE_RMS:
+      for (int64_t j = 0; j < many; ++j) r[j] = 1 / std::sqrt(var[j] + p.eps);
+      break;
+    case SCALE_L2:
+      for (int64_t j = 0; j < many; ++j) {
+        const double norm = std::sqrt(m2[j]);
+        r[j] = 1 / (norm < p.eps ? p.eps : norm == 0 ? norm_of_zero<A>() : norm);
+      }
+      break;
+    default:
+      for (int64_t j = 0; j < many; ++j) r[j] = 1;
   }
   const bool uses_mean = p.center || (p.scale == SCALE_STD && !raw);
-  const A high = static_cast<A>(uses_mean ? mo.mean : 0);
-  s[k] = high;
-  s[K + k] = static_cast<A>(r);
-  const double low = uses_mean ? mo.mean - static_cast<double>(high) : 0;
-  s[2 * K + k] = std::isfinite(low) ? static_cast<A>(low) : A(0);
-  if (p.mean_out) static_cast<A*>(p.mean_out)[k] = static_cast<A>(mo.mean);
-  if (p.var_out) static_cast<A*>(p.var_out)[k] = static_cast<A>(var);
+  for (int64_t j = 0; j < many; ++j) {
+    const double middle = uses_mean ? mean[j] : 0;
+    const A high = static_cast<A>(middle);
+    const double low = middle - static_cast<double>(high);
+    s[j] = high;
+    s[K + j] = static_cast<A>(r[j]);
+    s[2 * K + j] = std::fabs(low) < HUGE_VAL ? static_cast<A>(low) : A(0);
+  }
+  if (p.mean_out)
+    for (int64_t j = 0; j < many; ++j) static_cast<A*>(p.mean_out)[k + j] = static_cast<A>(mean[j]);
+  if (p.var_out)
+    for (int64_t j = 0; j < many; ++j) static_cast<A*>(p.var_out)[k + j] = static_cast<A>(var[j]);
   if (p.running_mean) {
     A* rm = static_cast<A*>(p.running_mean) + k;
     A* rv = static_cast<A*>(p.running_var) + k;
-    *rm = static_cast<A>((1 - p.momentum) * *rm + p.momentum * mo.mean);
-    *rv = static_cast<A>((1 - p.momentum) * *rv + p.momentum * (mo.m2 / (mo.n - 1)));
+    for (int64_t j = 0; j < many; ++j) {
+      rm[j] = static_cast<A>((1 - p.momentum) * rm[j] + p.momentum * mean[j]);
+      rv[j] = static_cast<A>((1 - p.momentum) * rv[j] + p.momentum * (m2[j] / (n - 1)));
+    }
   }
+}
+
+template <class A>
+inline void finish(const Problem& p, int64_t k, const Moments& mo, bool raw) {
+  finish_many<A>(p, k, 1, mo.n, &mo.mean, &mo.m2, raw);
 }
 
 template <class A>
@@ -419,8 +470,24 @@ EVENLY_INLINE typename Tr<T>::V before(typename Tr<T>::V x, const Coefficients<T
   if constexpr (MODE == COLUMN) return (x - take(k.mv + i, left)) * take(k.wv + i, left) + take(k.bv + i, left);
 }
 
+// Pieces of one length that are computed in one call: how far apart they lie, and what each has of its own.
+template <class T>
+struct Series {
+  using A = typename Tr<T>::A;
+  int64_t many = 1;
+  int64_t stride = 0;       // values from the start of a piece to that of the next
+  int64_t bits_stride = 0;  // bytes of sign bits
+  const A* m = nullptr;     // a number of its own for each piece; null: all have those of the coefficients
+  const A* a = nullptr;
+  const A* b = nullptr;
+
+  EVENLY_INLINE void set(Coefficients<T>& k, int64_t i) const {
+    if (m) k.m = m[i], k.a = a[i], k.b = b[i];
+  }
+};
+
 template <class T, int ACT, bool RES, bool BITS, int MODE>
-void apply_run(const Run<T>& run, int64_t n, const Coefficients<T>& k) {
+EVENLY_INLINE void apply_run(const Run<T>& run, int64_t n, const Coefficients<T>& k) {
   using X = Tr<T>;
   using V = typename X::V;
   constexpr int W = X::W;
@@ -463,21 +530,33 @@ void apply_run(const Run<T>& run, int64_t n, const Coefficients<T>& k) {
     if (start < n) std::memcpy(run.bits + start / 8, &bits, static_cast<size_t>(ceil_div(n - start, 8)));
 }
 
+template <class T, int ACT, bool RES, bool BITS, int MODE>
+void apply_series(Run<T> run, int64_t n, Coefficients<T> k, const Series<T>& series) {
+  for (int64_t j = 0;;) {
+    series.set(k, j);
+    apply_run<T, ACT, RES, BITS, MODE>(run, n, k);
+    if (++j == series.many) return;
+    run.x += series.stride, run.y += series.stride;
+    if constexpr (RES) run.residual += series.stride;
+    if constexpr (BITS) run.bits += series.bits_stride;
+  }
+}
+
 template <class T>
-using ApplyFn = void (*)(const Run<T>&, int64_t, const Coefficients<T>&);
+using ApplyFn = void (*)(Run<T>, int64_t, Coefficients<T>, const Series<T>&);
 
 template <class T, int MODE>
 ApplyFn<T> pick_apply(int act, bool res, bool bits) {
   switch (act) {
     case ACT_RELU:
-      if (bits) return res ? apply_run<T, ACT_RELU, true, true, MODE> : apply_run<T, ACT_RELU, false, true, MODE>;
-      return res ? apply_run<T, ACT_RELU, true, false, MODE> : apply_run<T, ACT_RELU, false, false, MODE>;
+      if (bits) return res ? apply_series<T, ACT_RELU, true, true, MODE> : apply_series<T, ACT_RELU, false, true, MODE>;
+      return res ? apply_series<T, ACT_RELU, true, false, MODE> : apply_series<T, ACT_RELU, false, false, MODE>;
     case ACT_SILU:
-      return res ? apply_run<T, ACT_SILU, true, false, MODE> : apply_run<T, ACT_SILU, false, false, MODE>;
+      return res ? apply_series<T, ACT_SILU, true, false, MODE> : apply_series<T, ACT_SILU, false, false, MODE>;
     case ACT_GELU:
-      return res ? apply_run<T, ACT_GELU, true, false, MODE> : apply_run<T, ACT_GELU, false, false, MODE>;
+      return res ? apply_series<T, ACT_GELU, true, false, MODE> : apply_series<T, ACT_GELU, false, false, MODE>;
     default:
-      return res ? apply_run<T, ACT_NONE, true, false, MODE> : apply_run<T, ACT_NONE, false, false, MODE>;
+      return res ? apply_series<T, ACT_NONE, true, false, MODE> : apply_series<T, ACT_NONE, false, false, MODE>;
   }
 }
 
@@ -538,71 +617,151 @@ EVENLY_INLINE void gradient_two(const Run<T>& run, const typename Tr<T>::A* park
   }
 }
 
+// Sums of the gradient g of the normalized value, and of g*(x - m); a lane adds up in its own type.
 template <class T>
 struct Sums {
   using A = typename Tr<T>::A;
-  double g = 0, gd = 0;  // of the gradient of the normalized value, and of it times (x - m)
-  A* park = nullptr;     // where to leave the gradient before the activation
-  A* dw = nullptr;       // VECTOR: add the gradients of weight and bias here
-  A* db = nullptr;
+  using V = typename Tr<T>::V;
+  V g0{}, g1{}, d0{}, d1{};
+  A* park = nullptr;  // where to leave the gradient before the activation
+
+  EVENLY_INLINE double g() const { return sum_lanes(g0 + g1); }
+  EVENLY_INLINE double gd() const { return sum_lanes(d0 + d1); }
 };
 
-template <class T, int KIND, int MODE>
-void reduce_run(const Run<T>& run, int64_t n, const Coefficients<T>& k, Sums<T>& sums) {
+// SCALAR: parameters that are constant along the run.
+template <class T, int KIND>
+EVENLY_INLINE void reduce_run(const Run<T>& run, int64_t n, const Coefficients<T>& k, Sums<T>& sums) {
   using X = Tr<T>;
   using A = typename X::A;
   using V = typename X::V;
   constexpr int W = X::W;
-  constexpr bool MIX = MODE == SCALAR && KIND != SIGN_BITS;
-  V s0{}, s1{}, q0{}, q1{};
+  constexpr bool MIX = KIND != SIGN_BITS;
   A* park = sums.park;
-  auto add = [&](int64_t i, int left, V x, V g, V& s, V& q) __attribute__((always_inline)) {
-    if (park) put(park + i, g, left);
-    const V d = x - k.m;
-    if constexpr (MODE == VECTOR) {
-      const V v = d * k.a + k.b;
-      put(sums.dw + i, take(sums.dw + i, left) + g * v, left);
-      put(sums.db + i, take(sums.db + i, left) + g, left);
-      g *= take(k.wv + i, left);
-    }
-    s += g;
-    // a lane beyond the end has g = 0, but x - m there may be infinite
-    q += left == W ? g * d : keep(first_lanes<A>(left), g * d);
-  };
-  auto step = [&](int64_t i, int left, V& s, V& q) __attribute__((always_inline)) {
-    const V x = take(run.x + i, left);
-    V g = gradient<T, KIND, MODE>(run, nullptr, x, k, i, left);
-    if (left != W) g = keep(first_lanes<A>(left), g);
-    add(i, left, x, g, s, q);
-  };
   int64_t i = 0;
   for (; i + 2 * W <= n; i += 2 * W) {
     V x[2], g[2];
-    gradient_two<T, KIND, MODE, MIX>(run, nullptr, k, i, x, g);
-    add(i, W, x[0], g[0], s0, q0);
-    add(i + W, W, x[1], g[1], s1, q1);
+    gradient_two<T, KIND, SCALAR, MIX>(run, nullptr, k, i, x, g);
+    if (park) put(park + i, g[0], W), put(park + i + W, g[1], W);
+    sums.g0 += g[0], sums.d0 += g[0] * (x[0] - k.m);
+    sums.g1 += g[1], sums.d1 += g[1] * (x[1] - k.m);
   }
   if (i + W <= n) {
-    step(i, W, s0, q0);
+    const V x = X::load(run.x + i);
+    const V g = gradient<T, KIND, SCALAR>(run, nullptr, x, k, i, W);
+    if (park) put(park + i, g, W);
+    sums.g0 += g, sums.d0 += g * (x - k.m);
     i += W;
   }
-  if (i < n) {
-    const int left = static_cast<int>(n - i);
-    if (MIX && n >= W) {  // the last W values, without those that have been added
-      const V x = X::load(run.x + n - W);
-      const V g = gradient<T, KIND, MODE>(run, nullptr, x, k, n - W, W);
-      if (park && sizeof(T) == sizeof(A)) put(park + n - W, g, W);
-      if (park && sizeof(T) != sizeof(A))  // before it, parked values may lie in another order
-        put(park + i, gradient<T, KIND, MODE>(run, nullptr, take(run.x + i, left), k, i, left), left);
-      const auto fresh = ~first_lanes<A>(W - left);
-      s1 += keep(fresh, g);
-      q1 += keep(fresh, g * (x - k.m));
-    } else {
-      step(i, left, s1, q1);
-    }
+  if (i == n) return;
+  const int left = static_cast<int>(n - i);
+  if (MIX && n >= W) {  // the last W values, without those that have been added
+    const V x = X::load(run.x + n - W);
+    const V g = gradient<T, KIND, SCALAR>(run, nullptr, x, k, n - W, W);
+    if (park && sizeof(T) == sizeof(A)) put(park + n - W, g, W);
+    if (park && sizeof(T) != sizeof(A))  // before it, parked values may lie in another order
+      put(park + i, gradient<T, KIND, SCALAR>(run, nullptr, take(run.x + i, left), k, i, left), left);
+    const auto fresh = ~first_lanes<A>(W - left);
+    sums.g1 += keep(fresh, g);
+    sums.d1 += keep(fresh, g * (x - k.m));
+  } else {
+    const V x = take(run.x + i, left);
+    const V g = gradient<T, KIND, SCALAR>(run, nullptr, x, k, i, left);
+    if (park) put(park + i, g, left);
+    // a lane beyond the end has g = 0, but x - m there may be infinite
+    sums.g1 += keep(first_lanes<A>(left), g);
+    sums.d1 += keep(first_lanes<A>(left), g * (x - k.m));
   }
-  sums.g += sum_lanes(s0 + s1);
-  sums.gd += sum_lanes(q0 + q1);
+}
+
+template <class T>
+EVENLY_INLINE void advance(Run<T>& run, const Series<T>& series, bool residual) {
+  run.x += series.stride, run.dy += series.stride;
+  if (residual) run.residual += series.stride;
+  if (run.bits) run.bits += series.bits_stride;
+  if (run.dx) run.dx += series.stride;
+  if (run.dresidual) run.dresidual += series.stride;
+}
+
+// The two sums of each piece, or joined: those of all pieces together.
+template <class T, int KIND>
+void reduce_series(Run<T> run, int64_t n, Coefficients<T> k, const Series<T>& series, bool joined,
+                   typename Tr<T>::A* park, int64_t park_stride, double* g, double* gd) {
+  Sums<T> sums;
+  for (int64_t j = 0;;) {
+    series.set(k, j);
+    sums.park = park ? park + j * park_stride : nullptr;
+    reduce_run<T, KIND>(run, n, k, sums);
+    if (!joined) {
+      g[j] = sums.g(), gd[j] = sums.gd();
+      sums = Sums<T>();
+    }
+    if (++j == series.many) break;
+    advance(run, series, has_residual(KIND));
+  }
+  if (joined) *g = sums.g(), *gd = sums.gd();
+}
+
+// VECTOR: R pieces at once, with the gradients of weight and bias, which are added to dw and db.
+template <class T, int KIND, int R>
+EVENLY_INLINE void reduce_together(const Run<T>& first, int64_t n, const Coefficients<T>& base, const Series<T>& series,
+                                   int64_t from, typename Tr<T>::A* park, int64_t park_stride, double* g, double* gd,
+                                   typename Tr<T>::A* dw, typename Tr<T>::A* db) {
+  using X = Tr<T>;
+  using A = typename X::A;
+  using V = typename X::V;
+  constexpr int W = X::W;
+  Run<T> runs[R];
+  Coefficients<T> ks[R];
+  V s[R] = {}, q[R] = {};
+  runs[0] = first;
+  for (int r = 0; r < R; ++r) {
+    if (r) {
+      runs[r] = runs[r - 1];
+      advance(runs[r], series, has_residual(KIND));
+    }
+    ks[r] = base;
+    series.set(ks[r], from + r);
+  }
+  auto step = [&](int64_t i, int left) __attribute__((always_inline)) {
+    V w{}, b{};
+    const V gain = take(base.wv + i, left);
+    for (int r = 0; r < R; ++r) {
+      const V x = take(runs[r].x + i, left);
+      V one = gradient<T, KIND, VECTOR>(runs[r], nullptr, x, ks[r], i, left);
+      if (left != W) one = keep(first_lanes<A>(left), one);
+      if (park) put(park + r * park_stride + i, one, left);
+      const V d = x - ks[r].m;
+      w += one * (d * ks[r].a + ks[r].b);
+      b += one;
+      one *= gain;
+      s[r] += one;
+      q[r] += left == W ? one * d : keep(first_lanes<A>(left), one * d);
+    }
+    put(dw + i, take(dw + i, left) + w, left);
+    put(db + i, take(db + i, left) + b, left);
+  };
+  int64_t i = 0;
+  for (; i + W <= n; i += W) step(i, W);
+  if (i < n) step(i, static_cast<int>(n - i));
+  for (int r = 0; r < R; ++r) g[r] = sum_lanes(s[r]), gd[r] = sum_lanes(q[r]);
+}
+
+template <class T, int KIND>
+void reduce_vector(Run<T> run, int64_t n, Coefficients<T> k, const Series<T>& series, typename Tr<T>::A* park,
+                   int64_t park_stride, double* g, double* gd, typename Tr<T>::A* dw, typename Tr<T>::A* db) {
+  constexpr int R = 4;
+  int64_t j = 0;
+  auto at = [&](int64_t j) __attribute__((always_inline)) { return park ? park + j * park_stride : nullptr; };
+  for (; j + R <= series.many; j += R) {
+    reduce_together<T, KIND, R>(run, n, k, series, j, at(j), park_stride, g + j, gd + j, dw, db);
+    if (j + R == series.many) return;
+    for (int r = 0; r < R; ++r) advance(run, series, has_residual(KIND));
+  }
+  for (; j < series.many; ++j) {
+    reduce_together<T, KIND, 1>(run, n, k, series, j, at(j), park_stride, g + j, gd + j, dw, db);
+    if (j + 1 < series.many) advance(run, series, has_residual(KIND));
+  }
 }
 
 template <class T>
@@ -654,35 +813,60 @@ EVENLY_INLINE void apply_back_of(const Run<T>& run, int64_t n, const Coefficient
     i += W;
   }
 }
+// What each piece of a series has of its own.
+template <class A>
+struct BackTable {
+  const A* r = nullptr;
+  const A* rw = nullptr;
+  const A* b = nullptr;
+  const A* c = nullptr;
+};
 template <class T, int KIND, int MODE>
-void apply_back(const Run<T>& run, int64_t n, const Coefficients<T>& k, const BackCoefficients<T>& e,
-                const typename Tr<T>::A* park) {
-  if (e.given)
-    apply_back_of<T, KIND, MODE, true>(run, n, k, e, park);
-  else
-    apply_back_of<T, KIND, MODE, false>(run, n, k, e, park);
+void back_series(Run<T> run, int64_t n, Coefficients<T> k, BackCoefficients<T> e, const Series<T>& series,
+                 const BackTable<typename Tr<T>::A>& table, const typename Tr<T>::A* park, int64_t park_stride) {
+  for (int64_t j = 0;;) {
+    series.set(k, j);
+    if (table.r) e.r = table.r[j], e.rw = table.rw[j], e.b = table.b[j], e.c = table.c[j];
+    const auto* parked = park ? park + j * park_stride : nullptr;
+    if (e.given)
+      apply_back_of<T, KIND, MODE, true>(run, n, k, e, parked);
+    else
+      apply_back_of<T, KIND, MODE, false>(run, n, k, e, parked);
+    if (++j == series.many) return;
+    advance(run, series, has_residual(KIND));
+  }
 }
 
 template <class T>
-using ReduceFn = void (*)(const Run<T>&, int64_t, const Coefficients<T>&, Sums<T>&);
+using ReduceFn = void (*)(Run<T>, int64_t, Coefficients<T>, const Series<T>&, bool, typename Tr<T>::A*, int64_t,
+                          double*, double*);
 template <class T>
-using BackFn = void (*)(const Run<T>&, int64_t, const Coefficients<T>&, const BackCoefficients<T>&,
-                        const typename Tr<T>::A*);
+using ReduceVectorFn = void (*)(Run<T>, int64_t, Coefficients<T>, const Series<T>&, typename Tr<T>::A*, int64_t,
+                                double*, double*, typename Tr<T>::A*, typename Tr<T>::A*);
+template <class T>
+using BackFn = void (*)(Run<T>, int64_t, Coefficients<T>, BackCoefficients<T>, const Series<T>&,
+                        const BackTable<typename Tr<T>::A>&, const typename Tr<T>::A*, int64_t);
 
-template <class T, int MODE>
+template <class T>
 ReduceFn<T> pick_reduce(int kind) {
   static constexpr ReduceFn<T> table[] = {
-      reduce_run<T, PLAIN, MODE>, reduce_run<T, SIGN_BITS, MODE>, reduce_run<T, RELU, MODE>,
-      reduce_run<T, RELU_RES, MODE>, reduce_run<T, SILU, MODE>,  reduce_run<T, GELU, MODE>,      reduce_run<T, SILU_RES, MODE>,
-      reduce_run<T, GELU_RES, MODE>};
+      reduce_series<T, PLAIN>, reduce_series<T, SIGN_BITS>, reduce_series<T, RELU>,     reduce_series<T, RELU_RES>,
+      reduce_series<T, SILU>,  reduce_series<T, GELU>,      reduce_series<T, SILU_RES>, reduce_series<T, GELU_RES>};
+  return table[kind];
+}
+template <class T>
+ReduceVectorFn<T> pick_reduce_vector(int kind) {
+  static constexpr ReduceVectorFn<T> table[] = {
+      reduce_vector<T, PLAIN>, reduce_vector<T, SIGN_BITS>, reduce_vector<T, RELU>,     reduce_vector<T, RELU_RES>,
+      reduce_vector<T, SILU>,  reduce_vector<T, GELU>,      reduce_vector<T, SILU_RES>, reduce_vector<T, GELU_RES>};
   return table[kind];
 }
 template <class T, int MODE>
 BackFn<T> pick_back(int kind) {
   static constexpr BackFn<T> table[] = {
-      apply_back<T, PLAIN, MODE>, apply_back<T, SIGN_BITS, MODE>, apply_back<T, RELU, MODE>,
-      apply_back<T, RELU_RES, MODE>, apply_back<T, SILU, MODE>,  apply_back<T, GELU, MODE>,      apply_back<T, SILU_RES, MODE>,
-      apply_back<T, GELU_RES, MODE>, apply_back<T, PARKED, MODE>};
+      back_series<T, PLAIN, MODE>, back_series<T, SIGN_BITS, MODE>, back_series<T, RELU, MODE>,
+      back_series<T, RELU_RES, MODE>, back_series<T, SILU, MODE>,  back_series<T, GELU, MODE>,
+      back_series<T, SILU_RES, MODE>, back_series<T, GELU_RES, MODE>, back_series<T, PARKED, MODE>};
   return table[kind];
 }
 

@@ -452,7 +452,7 @@ class MaskedRuns : MaskedBase<T> {
         } else if (f.none) {
           this->clear(static_cast<T*>(p.y) + at, len);
         } else {
-          apply_fn(run_at(at, run, u), len, coefficients(k, run, u));
+          apply_fn(run_at(at, run, u), len, coefficients(k, run, u), {});
           if (!f.all) hide(static_cast<T*>(p.y) + at, f.at, len);
         }
       });
@@ -771,7 +771,7 @@ class MaskedCols : MaskedBase<T> {
             if (f.none) {
               this->clear(y, width);
             } else {
-              apply_fn(row_at(k0, row + r), width, c);
+              apply_fn(row_at(k0, row + r), width, c, {});
               if (!f.all) hide(y, f.at + r * P, width);
             }
           }

@@ -19,6 +19,7 @@ struct Runtime {
   ParallelFn parallel = nullptr;
   IntFn max_threads = nullptr;
   IntFn in_parallel = nullptr;
+  IntFn thread_number = nullptr;
 };
 
 std::atomic<bool> serial{false};
@@ -30,7 +31,9 @@ Runtime find_runtime() {
   r.parallel = reinterpret_cast<ParallelFn>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
   r.max_threads = reinterpret_cast<IntFn>(dlsym(RTLD_DEFAULT, "omp_get_max_threads"));
   r.in_parallel = reinterpret_cast<IntFn>(dlsym(RTLD_DEFAULT, "omp_in_parallel"));
-  if (!r.parallel || !r.max_threads || !r.in_parallel) r = Runtime{};
+  r.thread_number = reinterpret_cast<IntFn>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
+  r.thread_number = reinterpret_cast<IntFn>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
+  if (!r.parallel || !r.max_threads || !r.in_parallel || !r.thread_number) r = Runtime{};
   pthread_atfork(nullptr, nullptr, after_fork_in_child);
   return r;
 }
@@ -40,19 +43,33 @@ const Runtime& runtime() {
   return r;
 }
 
-struct Shared {
+// A range of tasks for each thread, so that the same thread has the same tasks in every call, and what it wrote is in
+// its own cache; one that is done takes from the others.
+constexpr int MOST = 64;  // threads with a range of their own
+
+struct alignas(64) Range {
   std::atomic<int64_t> next{0};
-  int64_t n;
-  Task task;
-  void* context;
+  int64_t end = 0;
+};
+
+struct Shared {
+  int ranges = 0;
+  Task task = nullptr;
+  void* context = nullptr;
+  Range* range = nullptr;
 };
 
 void worker(void* raw) {
   auto* s = static_cast<Shared*>(raw);
-  for (;;) {
-    const int64_t i = s->next.fetch_add(1, std::memory_order_relaxed);
-    if (i >= s->n) return;
-    s->task(s->context, i);
+  const int own = runtime().thread_number();
+  for (int i = 0; i < s->ranges; ++i) {
+    Range& r = s->range[(own + i) % s->ranges];
+    for (;;) {
+      if (r.next.load(std::memory_order_relaxed) >= r.end) break;
+      const int64_t task = r.next.fetch_add(1, std::memory_order_relaxed);
+      if (task >= r.end) break;
+      s->task(s->context, task);
+    }
   }
 }
 
@@ -76,9 +93,15 @@ void run_tasks(int64_t n, Task task, void* context) {
     return;
   }
   Shared s;
-  s.n = n;
+  Range ranges[MOST];
+  s.ranges = threads < MOST ? threads : MOST;
   s.task = task;
   s.context = context;
+  s.range = ranges;
+  for (int i = 0; i < s.ranges; ++i) {
+    ranges[i].next.store(n * i / s.ranges, std::memory_order_relaxed);
+    ranges[i].end = n * (i + 1) / s.ranges;
+  }
   runtime().parallel(worker, &s, static_cast<unsigned>(threads), 0);
 }
 

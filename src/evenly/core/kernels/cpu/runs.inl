@@ -1,9 +1,16 @@
 // Statistics over sets of contiguous runs.
+//
+// Short runs come many at a time: statistics whose runs are neighbours in memory form a batch that stays in the first
+// cache, and each step (moments, what follows from them, the output) is taken for the whole batch before the next one.
+// Which statistics share a batch depends on the shape alone.
 
 template <class T>
 class Runs {
   using A = typename Tr<T>::A;
   static constexpr int64_t GROUP = 512;
+  static constexpr int64_t NEAR = 12288;   // bytes of the input of a batch
+  static constexpr int64_t CHUNK = 32;    // pieces in a table
+  static_assert(CHUNK >= MANY, "a batch has one table");
 
  public:
   Runs(const Problem& problem, const Geometry& geometry) : p(problem), g(geometry) {
@@ -19,6 +26,10 @@ class Runs {
     units = g.nseg * units_seg;
     wide = static_cast<double>(n);
     per_weight = p.wsize > 0 ? 1.0 / static_cast<double>(p.wsize) : 0;
+    neighbours = p.R0 == 1 ? K : p.K1;
+    batch = max_of(1, min_of(min_of(MANY, ceil_div(neighbours, 8)), NEAR / max_of(1, n * static_cast<int64_t>(sizeof(T)))));
+    shifting = g.mode == VECTOR && g.nseg == 1 && p.R1 != g.period;
+    steady = !shifting && (p.wsize <= 1 || stride % (p.wdiv * p.wsize) == 0);
   }
 
   int forward() {
@@ -29,20 +40,12 @@ class Runs {
     const bool measure = !p.given && !p.ready;
     const bool affects = p.y != nullptr;
     const int64_t threads = total < PARALLEL ? 1 : thread_count();
-    if (measure && (threads == 1 || K >= 4 * threads || blocks == 1)) {
-      const int64_t group = total < PARALLEL ? K : max_of(1, min_of(TASK / max_of(n, 1), ceil_div(K, 4 * threads)));
-      parallel(ceil_div(K, group), [&](int64_t task) {
-        for (int64_t k = task * group; k < min_of(K, (task + 1) * group); ++k) {
-          if (measure) {
-            Moments mo;
-            for (int64_t b = 0; b < blocks; ++b) measure_block(k, b, raw, mo);
-            finish<A>(p, k, mo, raw);
-          }
-          if (affects) {
-            const Stat s = stat_of<A>(p, k);
-            for (int64_t r0 = 0; r0 < p.R0; ++r0) apply(k, r0, 0, units, s);
-          }
-        }
+    if (measure && (threads == 1 || batches() >= 2 * threads || blocks == 1)) {
+      over_batches(threads, [&](int64_t k, int64_t many) {
+        measure_batch(k, many, raw);
+        if (!affects) return;
+        Table table;
+        over_all(k, many, [&](const Piece& q) { apply(q, table); });
       });
       return OK;
     }
@@ -66,7 +69,10 @@ class Runs {
       }
     }
     if (affects)
-      over_units([&](int64_t k, int64_t r0, int64_t from, int64_t to) { apply(k, r0, from, to, stat_of<A>(p, k)); });
+      over_memory(threads, [&](const Piece& q) {
+        Table table;
+        apply(q, table);
+      });
     return OK;
   }
 
@@ -74,129 +80,100 @@ class Runs {
     if (!parameters()) return NO_MEMORY;
     kind = kind_of(p);
     const bool wants_parameters = p.wsize > 0 && (p.dweight || p.dbias);
+    const bool wants_inputs = p.dx || p.dresidual;
+    const bool sums_needed = wants_parameters || !p.given;
     const int64_t threads = total < PARALLEL ? 1 : thread_count();
     if (g.mode == SCALAR) {
-      reduce_fn = pick_reduce<T, SCALAR>(kind);
+      reduce_fn = pick_reduce<T>(kind);
       back_fn = pick_back<T, SCALAR>(kind);
       parked_fn = pick_back<T, SCALAR>(PARKED);
     } else {
-      reduce_fn = pick_reduce<T, VECTOR>(kind);
+      reduce_vector_fn = pick_reduce_vector<T>(kind);
       back_fn = pick_back<T, VECTOR>(kind);
       parked_fn = pick_back<T, VECTOR>(PARKED);
+      return backward_vector();
     }
-    if (g.mode == VECTOR) return backward_vector();
 
-    // Sums of each unit; with parameters they are kept until the end.
-    const bool whole = threads == 1 || K >= 4 * threads || p.R0 * units == 1;
-    const bool keep_all = wants_parameters || !whole;
-    const int64_t in_stat = p.R0 * units;
+    // Sums of each piece, kept until the end for the gradients of parameters. Runs of one weight are added up in rows.
+    joined = p.R0 > 2 && g.nseg == 1 && steady && p.R1 <= UNIT && !(p.given && n * static_cast<int64_t>(sizeof(T)) > NEAR);
+    rows_joined = max_of(1, UNIT / p.R1);
+    in_stat = joined ? ceil_div(p.R0, rows_joined) : p.R0 * units;
+    const bool whole = threads == 1 || batches() >= 2 * threads || in_stat == 1;
     Buffer<double> kept;
-    if (keep_all && !kept.allocate(2 * K * in_stat)) return NO_MEMORY;
-    const bool sums_needed = wants_parameters || !p.given;
-    if (p.given) {
-      over_units([&](int64_t k, int64_t r0, int64_t from, int64_t to) {
-        const Stat s = stat_of<A>(p, k);
-        const int64_t run = run_of(k, r0);
-        for (int64_t u = from; u < to; ++u) {
-          double* sums = kept.data + 2 * (k * in_stat + r0 * units + u);
-          if (sums_needed) reduce(s, run, u, index_of(run, u), sums, nullptr);
-          if (p.dx || p.dresidual) unapply(s, run, u, Back{0, 0}, nullptr);
-        }
-      });
-    } else if (whole) {
-      const int64_t group = total < PARALLEL ? K : max_of(1, min_of(TASK / max_of(n, 1), ceil_div(K, 4 * threads)));
-      std::atomic<int> status{OK};
-      parallel(ceil_div(K, group), [&](int64_t task) {
+    if (sums_needed && !kept.allocate(2 * K * in_stat)) return NO_MEMORY;
+    sums_g = kept.data, sums_gd = kept.data + K * in_stat;
+    std::atomic<int> status{OK};
+    if (whole && !(p.given && !joined)) {
+      over_batches(threads, [&](int64_t k, int64_t many) {
         Buffer<A> park;
-        const bool parked = sums_needed && can_park(n) && park_into(park, n);
-        for (int64_t k = task * group; k < min_of(K, (task + 1) * group); ++k) {
-          const Stat s = stat_of<A>(p, k);
-          double sum = 0, sum_d = 0;
-          if (sums_needed) {
-            for (int64_t r0 = 0; r0 < p.R0; ++r0) {
-              const int64_t run = run_of(k, r0);
-              for (int64_t u = 0; u < units; ++u) {
-                const int64_t i = index_of(run, u);
-                double one[2];
-                double* to = keep_all ? kept.data + 2 * (k * in_stat + r0 * units + u) : one;
-                reduce(s, run, u, i, to, parked ? park_at(park, k, r0, u) : nullptr);
-                const double w = weight_at(i);
-                sum += w * to[0];
-                sum_d += w * to[1];
-              }
-            }
-          }
-          if (!p.dx && !p.dresidual) continue;
-          const Back e = back_of<A>(p, k, wide, sum, sum_d);
-          for (int64_t r0 = 0; r0 < p.R0; ++r0) {
-            const int64_t run = run_of(k, r0);
-            for (int64_t u = 0; u < units; ++u)
-              unapply(s, run, u, e, parked ? park_at(park, k, r0, u) : nullptr);
-          }
+        const bool parked = sums_needed && can_park(n);
+        if (parked && !park_into(park, many * n)) {
+          status.store(NO_MEMORY);
+          return;
         }
+        Table table;
+        if (sums_needed) {
+          if (joined)
+            for (int64_t j = 0; j < many; ++j)
+              for (int64_t b = 0; b < in_stat; ++b) reduce_joined(k + j, b, parked, park.data, j);
+          else
+            over_all(k, many, [&](const Piece& q) { reduce(q, table, parked ? park_at(park.data, q) : nullptr); });
+        }
+        if (!wants_inputs) return;
+        Back backs[MANY];
+        backs_of(k, many, backs);
+        over_all(k, many, [&](const Piece& q) {
+          unapply(q, table, backs + (q.k - k), parked ? park_at(park.data, q) : nullptr);
+        });
       });
       if (status.load() != OK) return status.load();
+    } else if (p.given) {
+      const Back none[CHUNK] = {};
+      over_memory(threads, [&](const Piece& q) {
+        Table table;
+        if (sums_needed) reduce(q, table, nullptr);
+        if (wants_inputs) unapply(q, table, none, nullptr);
+      });
     } else {
-      if (sums_needed)
-        over_units([&](int64_t k, int64_t r0, int64_t from, int64_t to) {
-          const Stat s = stat_of<A>(p, k);
-          const int64_t run = run_of(k, r0);
-          for (int64_t u = from; u < to; ++u)
-            reduce(s, run, u, index_of(run, u), kept.data + 2 * (k * in_stat + r0 * units + u), nullptr);
+      if (joined && sums_needed)
+        parallel(K * in_stat, [&](int64_t i) { reduce_joined(i / in_stat, i % in_stat, false, nullptr, 0); });
+      else if (sums_needed)
+        over_memory(threads, [&](const Piece& q) {
+          Table table;
+          reduce(q, table, nullptr);
         });
-      if (p.dx || p.dresidual) {
-        Buffer<Back> coefficients;
-        if (!coefficients.allocate(K)) return NO_MEMORY;
-        for (int64_t k = 0; k < K; ++k) {
-          double sum = 0, sum_d = 0;
-          if (sums_needed)
-            for (int64_t r0 = 0; r0 < p.R0; ++r0)
-              for (int64_t u = 0; u < units; ++u) {
-                const double* one = kept.data + 2 * (k * in_stat + r0 * units + u);
-                const double w = weight_at(index_of(run_of(k, r0), u));
-                sum += w * one[0];
-                sum_d += w * one[1];
-              }
-          coefficients.data[k] = back_of<A>(p, k, wide, sum, sum_d);
-        }
-        over_units([&](int64_t k, int64_t r0, int64_t from, int64_t to) {
-          const Stat s = stat_of<A>(p, k);
-          const int64_t run = run_of(k, r0);
-          for (int64_t u = from; u < to; ++u) unapply(s, run, u, coefficients.data[k], nullptr);
+      if (wants_inputs) {
+        Buffer<Back> backs;
+        if (!backs.allocate(K)) return NO_MEMORY;
+        for (int64_t k = 0; k < K; k += MANY) backs_of(k, min_of(MANY, K - k), backs.data + k);
+        over_memory(threads, [&](const Piece& q) {
+          Table table;
+          unapply(q, table, backs.data + q.k, nullptr);
         });
       }
     }
-    if (wants_parameters) {
-      Buffer<double> sums;
-      if (!sums.zeros(2 * p.wsize)) return NO_MEMORY;
-      for (int64_t k = 0; k < K; ++k) {
-        const Stat s = stat_of<A>(p, k);
-        for (int64_t r0 = 0; r0 < p.R0; ++r0) {
-          const int64_t run = run_of(k, r0);
-          for (int64_t u = 0; u < units; ++u) {
-            const double* one = kept.data + 2 * (k * in_stat + r0 * units + u);
-            const int64_t i = index_of(run, u);
-            sums.data[i] += s.r * one[1] + (s.c + s.shift) * one[0];
-            sums.data[p.wsize + i] += one[0];
-          }
-        }
-      }
-      store_parameters(p.dweight, p.wdtype, 0, p.wsize, sums.data);
-      store_parameters(p.dbias, p.wdtype, 0, p.wsize, sums.data + p.wsize);
-    }
-    return OK;
+    return wants_parameters ? store_sums() : OK;
   }
 
  private:
   const Problem& p;
   const Geometry& g;
-  int64_t K, n, total, stride, per_block, pieces, blocks, unit, units_seg, units;
+  int64_t K, n, total, stride, per_block, pieces, blocks, unit, units_seg, units, neighbours, batch;
   double wide, per_weight;
+  bool shifting;  // VECTOR: runs start at different places of the period
+  bool steady;    // the runs of a statistic have the same weights
   int kind = PLAIN;
   ApplyFn<T> apply_fn = nullptr;
   ReduceFn<T> reduce_fn = nullptr;
+  ReduceVectorFn<T> reduce_vector_fn = nullptr;
   BackFn<T> back_fn = nullptr, parked_fn = nullptr;
   Parameters<A> weight, bias;
+
+  // backward: sums of the runs (r0, k), or of their units; joined: of the rows (b, k)
+  bool joined = false;
+  int64_t rows_joined = 1, in_stat = 1;
+  double* sums_g = nullptr;
+  double* sums_gd = nullptr;
 
   bool parameters() {
     const int64_t times = g.mode == VECTOR ? p.wdiv : 1;
@@ -231,6 +208,209 @@ class Runs {
   }
   EVENLY_INLINE double weight_at(int64_t i) const { return weight.at ? static_cast<double>(weight.at[i]) : 1.0; }
 
+  // ---- the order of the work
+
+  int64_t batches() const { return K / neighbours * ceil_div(neighbours, batch); }
+
+  // Tasks of several batches, f(first statistic, how many).
+  template <class F>
+  void over_batches(int64_t threads, const F& f) const {
+    const int64_t all = batches(), each = ceil_div(neighbours, batch);
+    const int64_t group =
+        total < PARALLEL ? all : max_of(1, min_of(TASK / max_of(batch * n, 1), ceil_div(all, 4 * threads)));
+    parallel(ceil_div(all, group), [&](int64_t task) {
+      for (int64_t i = task * group; i < min_of(all, (task + 1) * group); ++i) {
+        const int64_t first = i % each * batch;
+        f(i / each * neighbours + first, min_of(batch, neighbours - first));
+      }
+    });
+  }
+
+  // Pieces of the same length, each with one statistic and one weight: piece j starts j * stride values after the
+  // first and belongs to statistic k + j / each. They are runs from `run` on, or units from unit u of it on.
+  struct Piece {
+    int64_t at, len, count, stride;
+    int64_t k, each, run, u;
+    int64_t r0, bits;
+    bool same;   // all have the same statistic and weight
+    bool fresh;  // the table does not hold them yet
+    int64_t park, park_stride;  // where the gradient before the activation is left, in a buffer of the batch
+  };
+
+  // All pieces of the statistics k, ..., k + many - 1, which are neighbours.
+  template <class F>
+  EVENLY_INLINE void over_all(int64_t k, int64_t many, const F& f) const {
+    if (many == 1 && p.R0 > 1 && steady && units == 1) {
+      const int64_t run = run_of(k, 0);
+      f(Piece{run * p.R1, p.R1, p.R0, stride, k, p.R0, run, 0, 0, p.K1 * g.bits_row, true, true, 0, p.R1});
+      return;
+    }
+    for (int64_t r0 = 0; r0 < p.R0; ++r0) over_runs(k, many, r0, f);
+  }
+
+  template <class F>
+  EVENLY_INLINE void over_runs(int64_t k, int64_t many, int64_t r0, const F& f, int64_t from = 0, int64_t to = -1) const {
+    const int64_t run = run_of(k, r0);
+    if (to < 0) to = units;
+    if (units == 1 && !shifting) {
+      f(Piece{run * p.R1, p.R1, many, p.R1, k, 1, run, 0, r0, g.bits_row, false, r0 == 0 || !steady, r0 * p.R1, n});
+      return;
+    }
+    if (p.R0 == 1 && g.nseg <= CHUNK && to == g.nseg && !shifting) {  // all segments of as many runs as fit
+      const int64_t at_once = CHUNK / g.nseg;
+      for (int64_t j = 0; j < many; j += at_once)
+        f(Piece{(run + j) * p.R1, g.seg, min_of(at_once, many - j) * g.nseg, g.seg, k + j, g.nseg, run + j, 0, r0,
+                g.bits_row, false, true, j * n, g.seg});
+      return;
+    }
+    for (int64_t j = 0; j < many; ++j) {
+      const int64_t start = (run + j) * p.R1, park = j * n + r0 * p.R1;
+      if (units_seg == 1 && !shifting) {
+        for (int64_t u = from; u < to; u += CHUNK)
+          f(Piece{start + u * g.seg, g.seg, min_of(CHUNK, to - u), g.seg, k + j, CHUNK, run + j, u, r0, g.bits_row, false,
+                  true, park + u * g.seg, g.seg});
+      } else {
+        for (int64_t u = from; u < to; ++u) {
+          const int64_t offset = segment(u) * g.seg + begin(u);
+          f(Piece{start + offset, length(u), 1, 0, k + j, 1, run + j, u, r0, 0, true, true, park + offset, 0});
+        }
+      }
+    }
+  }
+
+  // All pieces in the order of memory.
+  template <class F>
+  void over_memory(int64_t threads, const F& f) const {
+    const int64_t runs = K * p.R0;
+    auto k_of = [&](int64_t run) { return p.R0 == 1 ? run : run / (p.R0 * p.K1) * p.K1 + run % p.K1; };
+    auto r0_of = [&](int64_t run) { return p.R0 == 1 ? 0 : run / p.K1 % p.R0; };
+    auto divided = [&](int64_t all) { return ceil_div(max_of(1, all / TASK), threads) * threads; };
+    const int64_t per_task = max_of(1, min_of(units, TASK / unit));
+    const int64_t tasks_run = ceil_div(units, per_task);
+    if (tasks_run > 1) {
+      parallel(runs * tasks_run, [&](int64_t task) {
+        const int64_t run = task / tasks_run, from = (task % tasks_run) * per_task;
+        over_runs(k_of(run), 1, r0_of(run), f, from, min_of(units, from + per_task));
+      });
+      return;
+    }
+    const int64_t runs_task = max_of(1, ceil_div(runs, divided(total)));
+    parallel(ceil_div(runs, runs_task), [&](int64_t task) {
+      const int64_t end = min_of(runs, (task + 1) * runs_task);
+      for (int64_t run = task * runs_task; run < end;) {
+        const int64_t k = k_of(run), left = p.R0 == 1 ? K - k : p.K1 - k % p.K1;
+        const int64_t many = min_of(min_of(CHUNK, end - run), left);
+        over_runs(k, many, r0_of(run), [&](Piece q) __attribute__((always_inline)) {
+          q.fresh = true;
+          f(q);
+        });
+        run += many;
+      }
+    });
+  }
+
+  // ---- what the loops need, of each piece
+
+  struct Table {
+    A m[CHUNK], a[CHUNK], b[CHUNK];
+    A r[CHUNK], rw[CHUNK], shift[CHUNK], slope[CHUNK];
+  };
+
+  // f(j, mean, 1/scale, what rounding took from the mean, weight, bias) of each of the first `count` pieces.
+  template <class F>
+  EVENLY_INLINE void look_up(const Piece& q, int64_t count, const F& f) const {
+    const A* s = static_cast<const A*>(p.stats) + q.k;
+    const bool plain = g.mode == VECTOR || (!weight.at && !bias.at);
+    const bool one_each = p.wsize > 1 && (g.nseg > 1 || p.R1 == p.wdiv);
+    int64_t i = plain ? 0 : index_of(q.run, q.u);
+    if (q.each == 1 && count >= 8 && (plain || (one_each && i + count <= p.wsize))) {  // all are neighbours
+      const A* w = plain ? nullptr : weight.at ? weight.at + i : nullptr;
+      const A* b = plain ? nullptr : bias.at ? bias.at + i : nullptr;
+      A one[CHUNK], zero[CHUNK];
+      if (!w) {
+        for (int64_t j = 0; j < count; ++j) one[j] = 1;
+        w = one;
+      }
+      if (!b) {
+        for (int64_t j = 0; j < count; ++j) zero[j] = 0;
+        b = zero;
+      }
+      for (int64_t j = 0; j < count; ++j) f(j, s[j], s[K + j], s[2 * K + j], w[j], b[j]);
+      return;
+    }
+    int64_t left = q.each;
+    for (int64_t j = 0;;) {
+      f(j, s[0], s[K], s[2 * K], !plain && weight.at ? weight.at[i] : A(1), !plain && bias.at ? bias.at[i] : A(0));
+      if (++j == count) return;
+      if (--left == 0) left = q.each, ++s;
+      if (one_each)
+        i = i + 1 == p.wsize ? 0 : i + 1;
+      else if (!plain)
+        i = index_of(q.run + j, q.u);
+    }
+  }
+
+  // (x - m)*a + b
+  void fill(const Piece& q, Table& t) const {
+    if (!q.fresh) return;
+    const bool lift = !p.center && p.scale == SCALE_STD && !p.given;
+    look_up(q, q.same ? 1 : q.count, [&](int64_t j, A m, A r, A low, A w, A b) __attribute__((always_inline)) {
+      const double wide_r = r, wide_low = low, shift = lift ? (static_cast<double>(m) + wide_low) * wide_r : 0;
+      t.m[j] = m;
+      t.a[j] = static_cast<A>(wide_r * static_cast<double>(w));
+      t.b[j] = static_cast<A>((shift - wide_low * wide_r) * static_cast<double>(w) + static_cast<double>(b));
+    });
+  }
+  // g*rw + (x - m)*r*slope + shift
+  void fill_back(const Piece& q, Table& t, const Back* backs) const {
+    const int64_t count = q.same ? 1 : q.count;
+    look_up(q, count, [&](int64_t j, A, A r, A, A w, A) __attribute__((always_inline)) {
+      t.r[j] = r;
+      t.rw[j] = static_cast<A>(static_cast<double>(r) * static_cast<double>(w));
+    });
+    for (int64_t j = 0; j < count; ++backs)
+      for (const int64_t end = min_of(count, j + q.each); j < end; ++j) {
+        t.slope[j] = static_cast<A>(backs->b);
+        t.shift[j] = static_cast<A>(backs->c);
+      }
+  }
+
+  EVENLY_INLINE Coefficients<T> coefficients(const Piece& q, const Table& t) const {
+    Coefficients<T> k{};
+    k.m = t.m[0], k.a = t.a[0], k.b = t.b[0];
+    if (g.mode == VECTOR) {
+      const int64_t at = period_at(q.run, q.u);
+      k.wv = weight.at + at;
+      k.bv = bias.at + at;
+    }
+    return k;
+  }
+  EVENLY_INLINE Series<T> series(const Piece& q, const Table& t) const {
+    Series<T> s;
+    s.many = q.count, s.stride = q.stride, s.bits_stride = q.bits;
+    if (!q.same) s.m = t.m, s.a = t.a, s.b = t.b;
+    return s;
+  }
+
+  // VECTOR: where in the period a unit starts.
+  EVENLY_INLINE int64_t period_at(int64_t run, int64_t u) const {
+    return g.seg == g.period ? begin(u) : (run * p.R1 + begin(u)) % g.period;
+  }
+
+  EVENLY_INLINE Run<T> run_at(const Piece& q) const {
+    Run<T> r{};
+    r.x = static_cast<const T*>(p.x) + q.at;
+    if (p.residual) r.residual = static_cast<const T*>(p.residual) + q.at;
+    if (p.y) r.y = static_cast<T*>(p.y) + q.at;
+    if (p.bits) r.bits = p.bits + (q.run * g.nseg + segment(q.u)) * g.bits_row + begin(q.u) / 8;
+    if (p.dy) r.dy = static_cast<const T*>(p.dy) + q.at;
+    if (p.dx) r.dx = static_cast<T*>(p.dx) + q.at;
+    if (p.dresidual) r.dresidual = static_cast<T*>(p.dresidual) + q.at;
+    return r;
+  }
+
+  // ---- forward
+
   void measure_block(int64_t k, int64_t b, bool raw, Moments& mo) const {
     const T* x = static_cast<const T*>(p.x);
     if (p.R1 <= BLOCK) {
@@ -242,73 +422,24 @@ class Runs {
     }
   }
 
-  int64_t k_of(int64_t run) const {
-    if (p.R0 == 1) return run;
-    return run / (p.R0 * p.K1) * p.K1 + run % p.K1;
-  }
-  int64_t r0_of(int64_t run) const { return p.R0 == 1 ? 0 : run / p.K1 % p.R0; }
-
-  // Tasks of several units of one run each, in the order of memory.
-  template <class F>
-  void over_units(const F& f) const {
-    const int64_t runs = K * p.R0;
-    const int64_t per_task = max_of(1, min_of(units, TASK / unit));
-    const int64_t tasks_run = ceil_div(units, per_task);
-    const int64_t runs_task = max_of(1, TASK / p.R1);
-    if (tasks_run > 1) {
-      parallel(runs * tasks_run, [&](int64_t task) {
-        const int64_t run = task / tasks_run, from = (task % tasks_run) * per_task;
-        f(k_of(run), r0_of(run), from, min_of(units, from + per_task));
-      });
-    } else {
-      parallel(ceil_div(runs, runs_task), [&](int64_t task) {
-        for (int64_t run = task * runs_task; run < min_of(runs, (task + 1) * runs_task); ++run)
-          f(k_of(run), r0_of(run), 0, units);
-      });
+  void measure_batch(int64_t k, int64_t many, bool raw) const {
+    if (blocks == 1) {
+      double mean[MANY], m2[MANY];
+      const T* x = static_cast<const T*>(p.x) + run_of(k, 0) * p.R1;
+      moments_many(x, many, p.R1, p.R0, stride, p.R1, raw, mean, m2);
+      finish_many<A>(p, k, many, wide, mean, m2, raw);
+      return;
+    }
+    for (int64_t j = 0; j < many; ++j) {
+      Moments mo;
+      for (int64_t b = 0; b < blocks; ++b) measure_block(k + j, b, raw, mo);
+      finish<A>(p, k + j, mo, raw);
     }
   }
 
-  // i: the index of the unit's weight (SCALAR).
-  EVENLY_INLINE Coefficients<T> coefficients(const Stat& s, int64_t run, int64_t u, int64_t i) const {
-    Coefficients<T> k{};
-    k.m = static_cast<A>(s.m);
-    if (g.mode == SCALAR) {
-      const double w = weight_at(i);
-      k.a = static_cast<A>(s.r * w);
-      k.b = static_cast<A>((s.c + s.shift) * w + (bias.at ? static_cast<double>(bias.at[i]) : 0.0));
-    } else {
-      k.a = static_cast<A>(s.r);
-      k.b = static_cast<A>(s.c + s.shift);
-      const int64_t at = period_at(run, u);
-      k.wv = weight.at + at;
-      k.bv = bias.at + at;
-    }
-    return k;
-  }
-
-  // VECTOR: where in the period a unit starts.
-  EVENLY_INLINE int64_t period_at(int64_t run, int64_t u) const {
-    return g.seg == g.period ? begin(u) : (run * p.R1 + begin(u)) % g.period;
-  }
-
-  EVENLY_INLINE Run<T> run_at(int64_t at, int64_t run, int64_t u) const {
-    Run<T> r{};
-    r.x = static_cast<const T*>(p.x) + at;
-    if (p.residual) r.residual = static_cast<const T*>(p.residual) + at;
-    if (p.y) r.y = static_cast<T*>(p.y) + at;
-    if (p.bits) r.bits = p.bits + (run * g.nseg + segment(u)) * g.bits_row + begin(u) / 8;
-    if (p.dy) r.dy = static_cast<const T*>(p.dy) + at;
-    if (p.dx) r.dx = static_cast<T*>(p.dx) + at;
-    if (p.dresidual) r.dresidual = static_cast<T*>(p.dresidual) + at;
-    return r;
-  }
-
-  void apply(int64_t k, int64_t r0, int64_t from, int64_t to, const Stat& s) const {
-    const int64_t run = run_of(k, r0);
-    for (int64_t u = from; u < to; ++u) {
-      const int64_t at = run * p.R1 + segment(u) * g.seg + begin(u);
-      apply_fn(run_at(at, run, u), length(u), coefficients(s, run, u, index_of(run, u)));
-    }
+  EVENLY_INLINE void apply(const Piece& q, Table& table) const {
+    fill(q, table);
+    apply_fn(run_at(q), q.len, coefficients(q, table), series(q, table));
   }
 
   // ---- backward
@@ -321,33 +452,121 @@ class Runs {
     return values <= 65536;
   }
   bool park_into(Buffer<A>& park, int64_t values) const { return sizeof(T) == sizeof(A) || park.allocate(values); }
-  A* park_at(const Buffer<A>& park, int64_t k, int64_t r0, int64_t u) const {
-    const int64_t offset = segment(u) * g.seg + begin(u);
-    if (sizeof(T) != sizeof(A)) return park.data + r0 * p.R1 + offset;
-    A* out = static_cast<A*>(p.dresidual ? p.dresidual : p.dx);
-    return out + run_of(k, r0) * p.R1 + offset;
+  A* parked_output(int64_t at) const { return static_cast<A*>(p.dresidual ? p.dresidual : p.dx) + at; }
+  A* park_at(A* park, const Piece& q) const { return sizeof(T) == sizeof(A) ? parked_output(q.at) : park + q.park; }
+  int64_t park_stride(const Piece& q) const { return sizeof(T) == sizeof(A) ? q.stride : q.park_stride; }
+
+  EVENLY_INLINE void reduce(const Piece& q, Table& table, A* park) const {
+    fill(q, table);
+    const int64_t to = (q.r0 * K + q.k) * units + q.u;
+    reduce_fn(run_at(q), q.len, coefficients(q, table), series(q, table), false, park, park_stride(q), sums_g + to,
+              sums_gd + to);
   }
 
-  EVENLY_INLINE void reduce(const Stat& s, int64_t run, int64_t u, int64_t i, double* to, A* park) const {
-    const int64_t at = run * p.R1 + segment(u) * g.seg + begin(u);
-    const Coefficients<T> c = coefficients(s, run, u, i);
-    Sums<T> sums;
-    sums.park = park;
-    reduce_fn(run_at(at, run, u), length(u), c, sums);
-    to[0] = sums.g;
-    to[1] = sums.gd;
+  // The runs of statistic k from block b on; it is the j-th of its batch.
+  void reduce_joined(int64_t k, int64_t b, bool parked, A* park, int64_t j) const {
+    const int64_t r0 = b * rows_joined, run = run_of(k, r0), rows = min_of(rows_joined, p.R0 - r0);
+    const Piece q{run * p.R1, p.R1, rows, stride, k, rows, run, 0, r0, p.K1 * g.bits_row, true, true, j * n + r0 * p.R1,
+                  p.R1};
+    Table table;
+    fill(q, table);
+    const int64_t to = b * K + k;
+    reduce_fn(run_at(q), q.len, coefficients(q, table), series(q, table), true, parked ? park_at(park, q) : nullptr,
+              park_stride(q), sums_g + to, sums_gd + to);
   }
 
-  EVENLY_INLINE void unapply(const Stat& s, int64_t run, int64_t u, const Back& e, const A* park) const {
-    const int64_t at = run * p.R1 + segment(u) * g.seg + begin(u);
-    const int64_t i = index_of(run, u);
-    BackCoefficients<T> c{};
-    c.r = static_cast<A>(s.r);
-    c.rw = static_cast<A>(s.r * (g.mode == SCALAR ? weight_at(i) : 1.0));
-    c.b = static_cast<A>(e.b);
-    c.c = static_cast<A>(e.c);
-    c.given = p.given;
-    (park ? parked_fn : back_fn)(run_at(at, run, u), length(u), coefficients(s, run, u, i), c, park);
+  // From the sums of the pieces of the statistics k, ..., k + many - 1.
+  void backs_of(int64_t k, int64_t many, Back* to) const {
+    if (p.given) {
+      for (int64_t j = 0; j < many; ++j) to[j] = Back{0, 0};
+      return;
+    }
+    double sum[2][MANY] = {};
+    if (joined || units == 1) {
+      for (int64_t b = 0; b < in_stat; ++b) {
+        const double* one = sums_g + b * K + k;
+        const double* one_d = sums_gd + b * K + k;
+        if (steady) {
+          for (int64_t j = 0; j < many; ++j) sum[0][j] += one[j], sum[1][j] += one_d[j];
+        } else {
+          for (int64_t j = 0; j < many; ++j) {
+            const double w = weight_at(index_of(run_of(k + j, b), 0));
+            sum[0][j] += w * one[j], sum[1][j] += w * one_d[j];
+          }
+        }
+      }
+      for (int64_t j = 0; j < many; ++j) {
+        const double w = steady ? weight_at(index_of(run_of(k + j, 0), 0)) : 1;
+        to[j] = back_of<A>(p, k + j, wide, w * sum[0][j], w * sum[1][j]);
+      }
+      return;
+    }
+    for (int64_t j = 0; j < many; ++j) {
+      double all = 0, all_d = 0;
+      for (int64_t r0 = 0; r0 < p.R0; ++r0) {
+        const int64_t run = run_of(k + j, r0), at = (r0 * K + k + j) * units;
+        for (int64_t u = 0; u < units; ++u) {
+          const double w = weight_at(index_of(run, u));
+          all += w * sums_g[at + u], all_d += w * sums_gd[at + u];
+        }
+      }
+      to[j] = back_of<A>(p, k + j, wide, all, all_d);
+    }
+  }
+
+  // backs: of the first piece's statistic and those after it.
+  EVENLY_INLINE void unapply(const Piece& q, Table& table, const Back* backs, const A* park) const {
+    fill(q, table);
+    if (q.fresh) fill_back(q, table, backs);
+    BackCoefficients<T> e{};
+    e.r = table.r[0], e.rw = table.rw[0], e.b = table.slope[0], e.c = table.shift[0];
+    e.given = p.given;
+    BackTable<A> each;
+    if (!q.same) each = {table.r, table.rw, table.slope, table.shift};
+    (park ? parked_fn : back_fn)(run_at(q), q.len, coefficients(q, table), e, series(q, table), each, park, park_stride(q));
+  }
+
+  // The gradients of parameters from the sums of all pieces.
+  int store_sums() const {
+    Buffer<double> sums;
+    if (!sums.zeros(2 * p.wsize)) return NO_MEMORY;
+    double* dw = sums.data;
+    double* db = sums.data + p.wsize;
+    const A* s = static_cast<const A*>(p.stats);
+    const bool lift = !p.center && p.scale == SCALE_STD && !p.given;
+    auto add = [&](int64_t i, int64_t k, int64_t at) __attribute__((always_inline)) {
+      const double m = s[k], r = s[K + k], low = s[2 * K + k], shift = lift ? (m + low) * r : 0;
+      dw[i] += r * sums_gd[at] + (shift - low * r) * sums_g[at];
+      db[i] += sums_g[at];
+    };
+    // in the order of memory: (r0, k, u), a statistic each `units` sums
+    const int64_t rows = joined ? in_stat : p.R0, each = joined ? 1 : units;
+    const bool one_each = p.wsize > 1 && units_seg == 1 && (g.nseg > 1 || p.R1 == p.wdiv);
+    for (int64_t r0 = 0; r0 < rows; ++r0)
+      for (int64_t k = 0; k < K;) {
+        const int64_t run = run_of(k, joined ? 0 : r0), at = (r0 * K + k) * each;
+        if (each == 1) {
+          int64_t i = index_of(run, 0), many = 1;
+          if (one_each) many = min_of(p.wsize - i, (p.R0 == 1 ? K : p.K1 - k % p.K1 + k) - k);
+          for (int64_t j = 0; j < many; ++j) add(i + j, k + j, at + j);
+          k += many;
+        } else {
+          if (one_each) {
+            int64_t i = index_of(run, 0);
+            for (int64_t u = 0; u < each;) {
+              const int64_t many = min_of(p.wsize - i, each - u);
+              for (int64_t j = 0; j < many; ++j) add(i + j, k, at + u + j);
+              u += many, i = 0;
+            }
+          } else {
+            for (int64_t u = 0; u < each; ++u) add(index_of(run, u), k, at + u);
+          }
+          ++k;
+        }
+      }
+    store_parameters(p.dweight, p.wdtype, 0, p.wsize, dw);
+    store_parameters(p.dbias, p.wdtype, 0, p.wsize, db);
+    return OK;
   }
 
   // Weights that vary along the run: their gradients are added up in one buffer for each of a fixed number of parts.
@@ -362,28 +581,54 @@ class Runs {
       std::memset(p.dweight, 0, sizeof(A) * static_cast<size_t>(p.wsize));
       std::memset(p.dbias, 0, sizeof(A) * static_cast<size_t>(p.wsize));
     }
+    std::atomic<int> status{OK};
     parallel(parts, [&](int64_t part) {
       A* dw = direct ? static_cast<A*>(p.dweight) : partial.data + 2 * part * g.period;
       A* db = direct ? static_cast<A*>(p.dbias) : dw + g.period;
       Buffer<A> park;
-      const bool parked = can_park(n) && park_into(park, n);
-      for (int64_t k = part * K / parts; k < (part + 1) * K / parts; ++k) {
-        const Stat s = stat_of<A>(p, k);
-        Sums<T> sums;
-        for (int64_t r0 = 0; r0 < p.R0; ++r0)
-          for (int64_t u = 0; u < units; ++u) {
-            const int64_t run = run_of(k, r0), at = run * p.R1 + segment(u) * g.seg + begin(u);
-            sums.park = parked ? park_at(park, k, r0, u) : nullptr;
-            sums.dw = dw + period_at(run, u);
-            sums.db = db + period_at(run, u);
-            reduce_fn(run_at(at, run, u), length(u), coefficients(s, run, u, 0), sums);
+      const bool parked = can_park(n);
+      if (parked && !park_into(park, batch * n)) {
+        status.store(NO_MEMORY);
+        return;
+      }
+      const int64_t last = (part + 1) * K / parts;
+      for (int64_t k = part * K / parts; k < last;) {
+        const int64_t many = min_of(min_of(batch, last - k), neighbours - k % neighbours);
+        Table table;
+        double sum[2][MANY] = {};
+        over_all(k, many, [&](const Piece& q) {
+          double one[2][CHUNK];
+          fill(q, table);
+          const int64_t at = period_at(q.run, q.u);
+          // pieces of a statistic share their sums
+          for (int64_t done = 0; done < q.count; done += CHUNK) {
+            const int64_t count = min_of(CHUNK, q.count - done);
+            Series<T> these = series(q, table);
+            these.many = count;
+            Piece from = q;
+            from.at += done * q.stride, from.park += done * q.park_stride;
+            Run<T> run = run_at(from);
+            if (run.bits) run.bits += done * q.bits;
+            reduce_vector_fn(run, q.len, coefficients(q, table), these, parked ? park_at(park.data, from) : nullptr,
+                             park_stride(q), one[0], one[1], dw + at, db + at);
+            for (int64_t j = 0; j < count; ++j) {
+              const int64_t of = q.k - k + (q.each == 1 ? j : (done + j) / q.each);
+              sum[0][of] += one[0][j];
+              sum[1][of] += one[1][j];
+            }
           }
-        if (!p.dx && !p.dresidual) continue;
-        const Back e = back_of<A>(p, k, wide, sums.g, sums.gd);
-        for (int64_t r0 = 0; r0 < p.R0; ++r0)
-          for (int64_t u = 0; u < units; ++u) unapply(s, run_of(k, r0), u, e, parked ? park_at(park, k, r0, u) : nullptr);
+        });
+        if (p.dx || p.dresidual) {
+          Back backs[MANY];
+          for (int64_t j = 0; j < many; ++j) backs[j] = back_of<A>(p, k + j, wide, sum[0][j], sum[1][j]);
+          over_all(k, many, [&](const Piece& q) {
+            unapply(q, table, backs + (q.k - k), parked ? park_at(park.data, q) : nullptr);
+          });
+        }
+        k += many;
       }
     });
+    if (status.load() != OK) return status.load();
     if (direct) return OK;
     auto finish_group = [&](int64_t task) {
       double sums[2][GROUP];

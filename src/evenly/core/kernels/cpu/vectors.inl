@@ -205,6 +205,14 @@ EVENLY_INLINE void few_halves_to(uint16_t* p, uint64_t v, int n) {
     __builtin_memcpy(p + (n & 2), &one, 2);
   }
 }
+#if defined(__AVX512F__)
+EVENLY_INLINE vh load_halves(const uint16_t* p, int n) {
+  return as<vh>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1u), p));
+}
+EVENLY_INLINE void store_halves(uint16_t* p, vh v, int n) {
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1u), as<__m256i>(v));
+}
+#else
 EVENLY_INLINE vh load_halves(const uint16_t* p, int n) {
   uint64_t part[EVENLY_VB / 16] = {};
   int done = 0, at = 0;
@@ -223,6 +231,7 @@ EVENLY_INLINE void store_halves(uint16_t* p, vh v, int n) {
   for (; done + 4 <= n; done += 4, ++at) __builtin_memcpy(p + done, &part[at], 8);
   if (done < n) few_halves_to(p + done, part[at], n - done);
 }
+#endif
 template <>
 EVENLY_INLINE vf load_part<bf16>(const bf16* p, int n) {
   return widen_bf16(load_halves(reinterpret_cast<const uint16_t*>(p), n));
@@ -270,6 +279,14 @@ EVENLY_INLINE vf load_part<float>(const float* p, int n) {
 template <>
 EVENLY_INLINE void store_part<float>(float* p, vf v, int n) {
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1u), as<__m512>(v));
+}
+template <>
+EVENLY_INLINE vd load_part<double>(const double* p, int n) {
+  return as<vd>(_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1u), p));
+}
+template <>
+EVENLY_INLINE void store_part<double>(double* p, vd v, int n) {
+  _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1u), as<__m512d>(v));
 }
 #endif
 
@@ -325,12 +342,18 @@ template <class T>
 EVENLY_INLINE typename Tr<T>::M first_lanes(int n);
 template <>
 EVENLY_INLINE vi first_lanes<float>(int n) {
+#if defined(__AVX512F__)
+  return as<vi>(_mm512_movm_epi32(static_cast<__mmask16>((1u << n) - 1u)));
+#endif
   vi index;
   for (int i = 0; i < WF; ++i) index[i] = i;
   return as<vi>(index < splat(static_cast<int32_t>(n)));
 }
 template <>
 EVENLY_INLINE vl first_lanes<double>(int n) {
+#if defined(__AVX512F__)
+  return as<vl>(_mm512_movm_epi64(static_cast<__mmask8>((1u << n) - 1u)));
+#endif
   vl index;
   for (int i = 0; i < WD; ++i) index[i] = i;
   return as<vl>(index < (static_cast<int64_t>(n) - vl{}));
@@ -342,8 +365,14 @@ EVENLY_INLINE vf choose(vi m, vf a, vf b) { return as<vf>((m & as<vi>(a)) | (~m 
 EVENLY_INLINE vd choose(vl m, vd a, vd b) { return as<vd>((m & as<vl>(a)) | (~m & as<vl>(b))); }
 
 EVENLY_INLINE double sum_lanes(vd v) {
-#if defined(__AVX__) && !defined(__AVX512F__)
+#if defined(__AVX__)
+#if defined(__AVX512F__)
+  __m256d half[2];
+  __builtin_memcpy(half, &v, sizeof(v));
+  const __m256d u = _mm256_add_pd(half[0], half[1]);
+#else
   const __m256d u = as<__m256d>(v);
+#endif
   const __m128d h = _mm_add_pd(_mm256_castpd256_pd128(u), _mm256_extractf128_pd(u, 1));
   return _mm_cvtsd_f64(_mm_add_sd(h, _mm_unpackhi_pd(h, h)));
 #endif
@@ -376,6 +405,9 @@ EVENLY_INLINE unsigned pack_lanes(vi m) {
 #endif
 }
 EVENLY_INLINE unsigned pack_lanes(vl m) {
+#if defined(__AVX512F__)
+  return _mm512_movepi64_mask(as<__m512i>(m));
+#endif
   unsigned bits = 0;
   for (int i = 0; i < WD; ++i) bits |= (static_cast<unsigned>(m[i]) & 1u) << i;
   return bits;
@@ -384,12 +416,18 @@ template <class A>
 EVENLY_INLINE auto unpack_lanes(unsigned bits);
 template <>
 EVENLY_INLINE auto unpack_lanes<float>(unsigned bits) {
+#if defined(__AVX512F__)
+  return as<vi>(_mm512_movm_epi32(static_cast<__mmask16>(bits)));
+#endif
   vi one;
   for (int i = 0; i < WF; ++i) one[i] = 1 << i;
   return as<vi>((splat(static_cast<int32_t>(bits)) & one) != vi{});
 }
 template <>
 EVENLY_INLINE auto unpack_lanes<double>(unsigned bits) {
+#if defined(__AVX512F__)
+  return as<vl>(_mm512_movm_epi64(static_cast<__mmask8>(bits)));
+#endif
   vl one;
   for (int i = 0; i < WD; ++i) one[i] = int64_t{1} << i;
   return as<vl>(((static_cast<int64_t>(bits) - vl{}) & one) != vl{});
