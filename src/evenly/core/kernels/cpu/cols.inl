@@ -7,6 +7,8 @@ class Cols {
   using A = typename X::A;
   using V = typename X::V;
   static constexpr int W = X::W;
+  static constexpr int64_t PIVOT = 16;    // rows that a value near the mean is taken from
+  static constexpr int64_t PART = 12288;  // values of a part of the rows, at least
 
  public:
   Cols(const Problem& problem, const Geometry& geometry) : p(problem), g(geometry) {
@@ -17,9 +19,10 @@ class Cols {
     size = p.R0 * L;
     rows = size / P;
     rest = size % P;
-    block = max_of(16, min_of(256, 32768 / (P * static_cast<int64_t>(sizeof(T)))));
+    block = max_of(64, min_of(256, 32768 / (P * static_cast<int64_t>(sizeof(T)))));
+    block = max_of(16, min_of(block, ceil_div(rows, max_of(1, min_of(64, size / PART)))));
     blocks = ceil_div(rows, block);
-    parts = min_of(blocks, max_of(1, min_of(64, size / PARALLEL)));
+    parts = min_of(blocks, max_of(1, min_of(64, size / PART)));
     total = p.K0 * size;
   }
 
@@ -149,15 +152,29 @@ class Cols {
       }
     }
     if (wants_parameters) {
-      Buffer<double> out;
-      if (!out.zeros(2 * p.wsize)) return NO_MEMORY;
+      Buffer<double> out, scale;
+      if (!out.zeros(2 * p.wsize) || !scale.allocate(2 * L)) return NO_MEMORY;
       for (int64_t k0 = 0; k0 < p.K0; ++k0) {
-        const double* s = sums.data + 2 * P * k0;
-        for (int64_t j = 0; j < P; ++j) {
-          const Stat st = stat_of<A>(p, k0 * p.K1 + (j % L) / p.R1);
-          const int64_t i = index_of(j);
-          out.data[i] += st.r * s[P + j] + (st.c + st.shift) * s[j];
-          out.data[p.wsize + i] += s[j];
+        double* s = sums.data + 2 * P * k0;
+        fold(s);
+        fold(s + P);
+        double* r = scale.data;
+        double* c = scale.data + L;
+        for (int64_t k1 = 0; k1 < p.K1; ++k1) {
+          const Stat st = stat_of<A>(p, k0 * p.K1 + k1);
+          for (int64_t j = k1 * p.R1; j < (k1 + 1) * p.R1; ++j) r[j] = st.r, c[j] = st.c + st.shift;
+        }
+        if (p.wsize == L) {  // a weight for each column
+          for (int64_t j = 0; j < L; ++j) {
+            out.data[j] += r[j] * s[P + j] + c[j] * s[j];
+            out.data[L + j] += s[j];
+          }
+        } else {
+          for (int64_t j = 0; j < L; ++j) {
+            const int64_t i = index_of(j);
+            out.data[i] += r[j] * s[P + j] + c[j] * s[j];
+            out.data[p.wsize + i] += s[j];
+          }
         }
       }
       store_parameters(p.dweight, p.wdtype, 0, p.wsize, out.data);
@@ -174,8 +191,17 @@ class Cols {
   bool raw = false;
   Parameters<A> weight, bias;
 
+  Buffer<A> of_column;  // weight and bias of each of L columns
+
   bool parameters() {
-    return weight.set(p.weight, p.wdtype, p.wsize, 1) && bias.set(p.bias, p.wdtype, p.wsize, 1);
+    if (!weight.set(p.weight, p.wdtype, p.wsize, 1) || !bias.set(p.bias, p.wdtype, p.wsize, 1)) return false;
+    if (!of_column.allocate(2 * L)) return false;
+    for (int64_t j = 0; j < L; ++j) {
+      const int64_t i = p.wsize == L ? j : index_of(j);
+      of_column.data[j] = weight.at ? weight.at[i] : A(1);
+      of_column.data[L + j] = bias.at ? bias.at[i] : A(0);
+    }
+    return true;
   }
   int64_t index_of(int64_t j) const { return p.wsize <= 1 ? 0 : (j / p.wdiv) % p.wsize; }
 
@@ -186,13 +212,14 @@ class Cols {
 
   template <class F>
   void over_rows(const F& f) const {
-    const int64_t all = rows + (rest ? 1 : 0);
-    const int64_t group = max_of(1, TASK / P), tasks = ceil_div(all, group);
-    // From the end: what the statistics read last is still in cache.
-    parallel(p.K0 * tasks, [&](int64_t i) {
-      const int64_t task = p.K0 * tasks - 1 - i, from = (task % tasks) * group;
+    const int64_t all = rows + (rest ? 1 : 0), threads = thread_count();
+    const int64_t wanted = ceil_div(max_of(1, size / TASK), threads) * threads;
+    const int64_t group = max_of(1, ceil_div(all, wanted)), tasks = ceil_div(all, group);
+    auto some = [&](int64_t task) {
+      const int64_t from = (task % tasks) * group;
       f(task / tasks, from, min_of(all, from + group));
-    });
+    };
+    parallel(p.K0 * tasks, some, true);  // what the statistics read last is still in cache
   }
 
   // ---- statistics
@@ -216,7 +243,7 @@ class Cols {
   }
 
   // Mean and sum of squared deviations of each column over the rows of a part: out[0..P), out[P..2P). The pivot is the
-  // mean of the first block; where that was far from the mean of the part, all is taken again about the latter.
+  // mean of its first rows; where that was far from the mean of the part, all is taken again about the latter.
   double measure_part(int64_t k0, int64_t part, double* out, A* work) const {
     A* pivot = work;
     const T* base = static_cast<const T*>(p.x) + k0 * size;
@@ -224,7 +251,7 @@ class Cols {
     const double count = static_cast<double>(end - first);
     for (int64_t j = 0; j < P; ++j) pivot[j] = 0;
     if (!raw) {
-      const int64_t many = min_of(block, end - first);
+      const int64_t many = min_of(PIVOT, end - first);
       sum_rows(base + first * P, many, pivot);
       const A inverse = static_cast<A>(1.0 / static_cast<double>(many));
       for (int64_t j = 0; j < P; ++j) pivot[j] *= inverse;
@@ -326,38 +353,81 @@ class Cols {
       });
   }
 
-  // Merge columns that share a statistic, and the partial row.
+  // Add rows of L columns that lie side by side.
+  template <class S>
+  void fold(S* columns) const {
+    for (int64_t q = 1; q < P / L; ++q)
+      for (int64_t j = 0; j < L; ++j) columns[j] += columns[q * L + j];
+  }
+  // Repeat the first L columns.
+  void repeat(A* columns) const {
+    for (int64_t q = 1; q < P / L; ++q) std::memcpy(columns + q * L, columns, sizeof(A) * static_cast<size_t>(L));
+  }
+
+  // Merge columns that share a statistic, and the partial row. All columns have the same count.
   void settle(int64_t k0, const double* column, double count) const {
     const T* last = static_cast<const T*>(p.x) + k0 * size + rows * P;
-    for (int64_t k1 = 0; k1 < p.K1; ++k1) {
-      Moments mo;
-      for (int64_t q = 0; q < P / L; ++q)
-        for (int64_t r = 0; r < p.R1; ++r) {
-          const int64_t j = q * L + k1 * p.R1 + r;
-          if (count > 0) mo.merge(count, column[j], column[P + j]);
-          if (j < rest) {
-            const double v = to_double(last[j]);
-            if (raw)
-              mo.merge(1, 0, v * v);
+    const int64_t times = P / L;
+    const double share = 1 / static_cast<double>(times * p.R1);
+    for (int64_t first = 0; first < p.K1; first += MANY) {
+      const int64_t many = min_of(MANY, p.K1 - first);
+      double mean[MANY] = {}, m2[MANY] = {};
+      if (count > 0) {
+        const double* from = column + first * p.R1;
+        auto over = [&](const auto& f) __attribute__((always_inline)) {
+          for (int64_t q = 0; q < times; ++q)
+            if (p.R1 == 1)
+              for (int64_t j = 0; j < many; ++j) f(j, q * L + j);
             else
-              mo.merge(1, v, std::isfinite(v) ? 0.0 : NAN);
-          }
+              for (int64_t j = 0; j < many; ++j)
+                for (int64_t r = 0; r < p.R1; ++r) f(j, q * L + j * p.R1 + r);
+        };
+        over([&](int64_t j, int64_t at) __attribute__((always_inline)) { mean[j] += from[at]; });
+        for (int64_t j = 0; j < many; ++j) mean[j] *= share;
+        over([&](int64_t j, int64_t at) __attribute__((always_inline)) {
+          const double d = from[at] - mean[j];
+          m2[j] += from[P + at] + count * d * d;
+        });
+      }
+      if (rest)
+        for (int64_t j = 0; j < many; ++j) {
+          Moments mo;
+          mo.n = count * static_cast<double>(times * p.R1), mo.mean = mean[j], mo.m2 = m2[j];
+          for (int64_t q = 0; q < times; ++q)
+            for (int64_t r = 0; r < p.R1; ++r) {
+              const int64_t at = q * L + (first + j) * p.R1 + r;
+              if (at >= rest) continue;
+              const double v = to_double(last[at]);
+              if (raw)
+                mo.merge(1, 0, v * v);
+              else
+                mo.merge(1, v, std::isfinite(v) ? 0.0 : NAN);
+            }
+          mean[j] = mo.mean, m2[j] = mo.m2;
         }
-      finish<A>(p, k0 * p.K1 + k1, mo, raw);
+      finish_many<A>(p, k0 * p.K1 + first, many, static_cast<double>(n), mean, m2, raw);
     }
   }
 
   // ---- y = (x - m)*w + b by column: c = m, w, b
 
   void expand(int64_t k0, A* c) const {
-    for (int64_t j = 0; j < P; ++j) {
-      const Stat s = stat_of<A>(p, k0 * p.K1 + (j % L) / p.R1);
-      const int64_t i = index_of(j);
-      const double w = weight.at ? static_cast<double>(weight.at[i]) : 1.0;
-      c[j] = static_cast<A>(s.m);
-      c[P + j] = static_cast<A>(s.r * w);
-      c[2 * P + j] = static_cast<A>((s.c + s.shift) * w + (bias.at ? static_cast<double>(bias.at[i]) : 0.0));
-    }
+    const A* w = of_column.data;
+    const A* b = of_column.data + L;
+    const A* s = static_cast<const A*>(p.stats) + k0 * p.K1;
+    const bool lift = !p.center && p.scale == SCALE_STD && !p.given;
+    auto column = [&](int64_t j, int64_t k1) __attribute__((always_inline)) {
+      const double m = s[k1], r = s[K + k1], low = s[2 * K + k1], shift = lift ? (m + low) * r : 0;
+      c[j] = s[k1];
+      c[P + j] = static_cast<A>(r * static_cast<double>(w[j]));
+      c[2 * P + j] = static_cast<A>((shift - low * r) * static_cast<double>(w[j]) + static_cast<double>(b[j]));
+    };
+    if (p.R1 == 1)
+      for (int64_t j = 0; j < L; ++j) column(j, j);
+    else
+      for (int64_t k1 = 0; k1 < p.K1; ++k1)
+        for (int64_t r = 0; r < p.R1; ++r) column(k1 * p.R1 + r, k1);
+    for (int i = 0; i < 3; ++i) repeat(c + i * P);
   }
 
   Coefficients<T> coefficients(const A* c) const {
@@ -472,28 +542,26 @@ class Cols {
 
   // e = r, r*w, b, c by column
   void expand_back(int64_t k0, const double* sums, A* e) const {
+    const A* w = of_column.data;
     for (int64_t k1 = 0; k1 < p.K1; ++k1) {
+      const int64_t from = k1 * p.R1, to = from + p.R1;
       double sum = 0, sum_d = 0;
       for (int64_t q = 0; q < P / L; ++q)
-        for (int64_t r = 0; r < p.R1; ++r) {
-          const int64_t j = q * L + k1 * p.R1 + r;
-          const double w = weight.at ? static_cast<double>(weight.at[index_of(j)]) : 1.0;
-          sum += w * sums[j];
-          sum_d += w * sums[P + j];
+        for (int64_t j = from; j < to; ++j) {
+          sum += static_cast<double>(w[j]) * sums[q * L + j];
+          sum_d += static_cast<double>(w[j]) * sums[P + q * L + j];
         }
       const int64_t k = k0 * p.K1 + k1;
       const Back back = back_of<A>(p, k, static_cast<double>(n), sum, sum_d);
       const Stat s = stat_of<A>(p, k);
-      for (int64_t q = 0; q < P / L; ++q)
-        for (int64_t r = 0; r < p.R1; ++r) {
-          const int64_t j = q * L + k1 * p.R1 + r;
-          const double w = weight.at ? static_cast<double>(weight.at[index_of(j)]) : 1.0;
-          e[j] = static_cast<A>(s.r);
-          e[P + j] = static_cast<A>(s.r * w);
-          e[2 * P + j] = static_cast<A>(back.b);
-          e[3 * P + j] = static_cast<A>(back.c);
-        }
+      for (int64_t j = from; j < to; ++j) {
+        e[j] = static_cast<A>(s.r);
+        e[P + j] = static_cast<A>(s.r * static_cast<double>(w[j]));
+        e[2 * P + j] = static_cast<A>(back.b);
+        e[3 * P + j] = static_cast<A>(back.c);
+      }
     }
+    for (int i = 0; i < 4; ++i) repeat(e + i * P);
   }
 
   void unapply(int64_t k0, int64_t from, int64_t to, const A* c, const A* e) const {

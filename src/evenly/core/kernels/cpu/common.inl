@@ -5,9 +5,9 @@ EVENLY_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 EVENLY_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class F>
-void parallel(int64_t n, const F& f) {
+void parallel(int64_t n, const F& f, bool backwards = false) {
   run_tasks(n, [](void* context, int64_t i) { (*static_cast<const F*>(context))(i); },
-            const_cast<void*>(static_cast<const void*>(&f)));
+            const_cast<void*>(static_cast<const void*>(&f)), backwards);
 }
 
 // A buffer that frees itself.

@@ -106,7 +106,7 @@ typename Tr<T>::A pivot_of(const T* p, int64_t nr, int64_t stride, int64_t len) 
       n += 2 * W;
     }
   }
-  return static_cast<A>(sum_lanes(a0 + a1) / n);
+  return rough_sum(a0 + a1) * static_cast<A>(1 / n);
 }
 
 // Sums of the deviations from a pivot of nr runs of len values, and of their squares. A lane adds up 32 values in its
@@ -158,7 +158,7 @@ bool deviations(const T* p, int64_t nr, int64_t stride, int64_t len, typename Tr
     if (len % (4 * W) != 0 && (since += 3) >= MANY) settle();
   }
   settle();
-  s = sum_lanes(total), ss = sum_lanes(squares);
+  sum_lanes(total, squares, s, ss);
   return sizeof(T) == 4 && nr * len >= 256 && pack_lanes(squares > splat(0.8 * ss)) != 0;
 }
 
@@ -360,9 +360,9 @@ inline void finish_many(const Problem& p, int64_t k, int64_t many, double n, con
                         bool raw) {
   const int64_t K = p.K0 * p.K1;
   A* s = static_cast<A*>(p.stats) + k;
-  const double left = n - p.correction;
+  const double left = n - p.correction, share = n == 0 ? 0 : left > 0 ? 1 / left : NAN;
   double var[MANY], r[MANY];
-  for (int64_t j = 0; j < many; ++j) var[j] = n == 0 ? 0 : left > 0 ? m2[j] / left : NAN;
+  for (int64_t j = 0; j < many; ++j) var[j] = share * m2[j];
   switch (p.scale) {
     case SCALE_STD:
     case SCALE_RMS:
@@ -407,15 +407,17 @@ inline void finish(const Problem& p, int64_t k, const Moments& mo, bool raw) {
 
 template <class A>
 inline void use_given(const Problem& p) {
-  A* s = static_cast<A*>(p.stats);
+  A* __restrict s = static_cast<A*>(p.stats);
   const int64_t K = p.K0 * p.K1;
-  const A* mean = static_cast<const A*>(p.mean_in);
-  const A* var = static_cast<const A*>(p.var_in);
-  for (int64_t k = 0; k < K; ++k) {
-    s[k] = p.center && mean ? mean[k] : A(0);
-    s[K + k] = p.scale == SCALE_NONE ? A(1) : static_cast<A>(1 / std::sqrt(static_cast<double>(var[k]) + p.eps));
-    s[2 * K + k] = 0;
-  }
+  const A* __restrict mean = static_cast<const A*>(p.mean_in);
+  const A* __restrict var = static_cast<const A*>(p.var_in);
+  const bool centered = p.center && mean;
+  for (int64_t k = 0; k < K; ++k) s[k] = centered ? mean[k] : A(0);
+  if (p.scale == SCALE_NONE)
+    for (int64_t k = 0; k < K; ++k) s[K + k] = 1;
+  else
+    for (int64_t k = 0; k < K; ++k) s[K + k] = static_cast<A>(1 / std::sqrt(static_cast<double>(var[k]) + p.eps));
+  for (int64_t k = 0; k < K; ++k) s[2 * K + k] = 0;
 }
 
 // dx = r*g*w + u*b + c with u = (x - m)*r, from the sums of g*w and g*w*(x - m).
@@ -439,6 +441,29 @@ inline Back back_of(const Problem& p, int64_t k, double n, double sum, double su
     if (p.dmean) c += static_cast<const A*>(p.dmean)[k] / n;
   }
   return {b, c + s.c * b};
+}
+
+// The same for the statistics k, ..., k + many - 1, each from its sums.
+template <class A>
+void backs_of(const Problem& p, int64_t k, int64_t many, double n, const double* __restrict sum,
+              const double* __restrict sum_d, double* __restrict b, double* __restrict c) {
+  if (p.given || p.scale == SCALE_L2 || p.dvar || p.dmean) {
+    for (int64_t j = 0; j < many; ++j) {
+      const Back one = back_of<A>(p, k + j, n, sum[j], sum_d[j]);
+      b[j] = one.b, c[j] = one.c;
+    }
+    return;
+  }
+  const int64_t K = p.K0 * p.K1;
+  const A* __restrict s = static_cast<const A*>(p.stats) + k;
+  const bool lift = !p.center && p.scale == SCALE_STD, scaled = p.scale != SCALE_NONE;
+  const double slope = 1 / (n - p.correction), share = p.center ? 1 / n : 0;
+  for (int64_t j = 0; j < many; ++j) {
+    const double m = s[j], r = s[K + j], low = s[2 * K + j], shift = lift ? (m + low) * r : 0;
+    const double sum_v = r * sum_d[j] + (shift - low * r) * sum[j];
+    b[j] = scaled ? -r * sum_v * slope : 0;
+    c[j] = (share != 0 ? -r * sum[j] * share : 0) - low * r * b[j];
+  }
 }
 
 // ---- forward along a run --------------------------------------------------------------------------------------
@@ -625,8 +650,7 @@ struct Sums {
   V g0{}, g1{}, d0{}, d1{};
   A* park = nullptr;  // where to leave the gradient before the activation
 
-  EVENLY_INLINE double g() const { return sum_lanes(g0 + g1); }
-  EVENLY_INLINE double gd() const { return sum_lanes(d0 + d1); }
+  EVENLY_INLINE void settle(double* g, double* gd) const { sum_lanes(g0 + g1, d0 + d1, *g, *gd); }
 };
 
 // SCALAR: parameters that are constant along the run.
@@ -693,13 +717,13 @@ void reduce_series(Run<T> run, int64_t n, Coefficients<T> k, const Series<T>& se
     sums.park = park ? park + j * park_stride : nullptr;
     reduce_run<T, KIND>(run, n, k, sums);
     if (!joined) {
-      g[j] = sums.g(), gd[j] = sums.gd();
+      sums.settle(g + j, gd + j);
       sums = Sums<T>();
     }
     if (++j == series.many) break;
     advance(run, series, has_residual(KIND));
   }
-  if (joined) *g = sums.g(), *gd = sums.gd();
+  if (joined) sums.settle(g, gd);
 }
 
 // VECTOR: R pieces at once, with the gradients of weight and bias, which are added to dw and db.
@@ -744,7 +768,7 @@ EVENLY_INLINE void reduce_together(const Run<T>& first, int64_t n, const Coeffic
   int64_t i = 0;
   for (; i + W <= n; i += W) step(i, W);
   if (i < n) step(i, static_cast<int>(n - i));
-  for (int r = 0; r < R; ++r) g[r] = sum_lanes(s[r]), gd[r] = sum_lanes(q[r]);
+  for (int r = 0; r < R; ++r) sum_lanes(s[r], q[r], g[r], gd[r]);
 }
 
 template <class T, int KIND>

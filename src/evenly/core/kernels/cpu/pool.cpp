@@ -49,11 +49,12 @@ constexpr int MOST = 64;  // threads with a range of their own
 
 struct alignas(64) Range {
   std::atomic<int64_t> next{0};
-  int64_t end = 0;
+  int64_t start = 0, end = 0;
 };
 
 struct Shared {
   int ranges = 0;
+  bool backwards = false;
   Task task = nullptr;
   void* context = nullptr;
   Range* range = nullptr;
@@ -68,7 +69,7 @@ void worker(void* raw) {
       if (r.next.load(std::memory_order_relaxed) >= r.end) break;
       const int64_t task = r.next.fetch_add(1, std::memory_order_relaxed);
       if (task >= r.end) break;
-      s->task(s->context, task);
+      s->task(s->context, s->backwards ? r.start + r.end - 1 - task : task);
     }
   }
 }
@@ -85,21 +86,23 @@ int thread_count() {
 
 const char* pool_name() { return runtime().parallel ? "PyTorch's OpenMP" : "one thread"; }
 
-void run_tasks(int64_t n, Task task, void* context) {
+void run_tasks(int64_t n, Task task, void* context, bool backwards) {
   int threads = n > 1 ? thread_count() : 1;
   if (threads > n) threads = static_cast<int>(n);
   if (threads <= 1) {
-    for (int64_t i = 0; i < n; ++i) task(context, i);
+    for (int64_t i = 0; i < n; ++i) task(context, backwards ? n - 1 - i : i);
     return;
   }
   Shared s;
   Range ranges[MOST];
   s.ranges = threads < MOST ? threads : MOST;
+  s.backwards = backwards;
   s.task = task;
   s.context = context;
   s.range = ranges;
   for (int i = 0; i < s.ranges; ++i) {
-    ranges[i].next.store(n * i / s.ranges, std::memory_order_relaxed);
+    ranges[i].start = n * i / s.ranges;
+    ranges[i].next.store(ranges[i].start, std::memory_order_relaxed);
     ranges[i].end = n * (i + 1) / s.ranges;
   }
   runtime().parallel(worker, &s, static_cast<unsigned>(threads), 0);

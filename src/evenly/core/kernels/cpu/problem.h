@@ -72,9 +72,10 @@ extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 #endif
 
-// Threads: tasks 0..n-1 in any order, on PyTorch's own pool.
+// Threads: tasks 0..n-1 in any order, on PyTorch's own pool. backwards: each thread starts with its last ones, which
+// read what an earlier loop left in its cache.
 using Task = void (*)(void* context, int64_t task);
-void run_tasks(int64_t n, Task task, void* context);
+void run_tasks(int64_t n, Task task, void* context, bool backwards);
 int thread_count();
 void set_serial(bool serial);
 const char* pool_name();

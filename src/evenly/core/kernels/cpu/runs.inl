@@ -27,7 +27,9 @@ class Runs {
     wide = static_cast<double>(n);
     per_weight = p.wsize > 0 ? 1.0 / static_cast<double>(p.wsize) : 0;
     neighbours = p.R0 == 1 ? K : p.K1;
-    batch = max_of(1, min_of(min_of(MANY, ceil_div(neighbours, 8)), NEAR / max_of(1, n * static_cast<int64_t>(sizeof(T)))));
+    batch = min_of(MANY, NEAR / max_of(1, n * static_cast<int64_t>(sizeof(T))));
+    if (total >= PARALLEL) batch = min_of(batch, ceil_div(neighbours, 8));  // something for every thread
+    batch = max_of(1, batch);
     shifting = g.mode == VECTOR && g.nseg == 1 && p.R1 != g.period;
     steady = !shifting && (p.wsize <= 1 || stride % (p.wdiv * p.wsize) == 0);
   }
@@ -120,19 +122,19 @@ class Runs {
             over_all(k, many, [&](const Piece& q) { reduce(q, table, parked ? park_at(park.data, q) : nullptr); });
         }
         if (!wants_inputs) return;
-        Back backs[MANY];
-        backs_of(k, many, backs);
+        double b[MANY], c[MANY];
+        backs_of_sums(k, many, b, c);
         over_all(k, many, [&](const Piece& q) {
-          unapply(q, table, backs + (q.k - k), parked ? park_at(park.data, q) : nullptr);
+          unapply(q, table, b + (q.k - k), c + (q.k - k), parked ? park_at(park.data, q) : nullptr);
         });
       });
       if (status.load() != OK) return status.load();
     } else if (p.given) {
-      const Back none[CHUNK] = {};
+      const double none[CHUNK] = {};
       over_memory(threads, [&](const Piece& q) {
         Table table;
         if (sums_needed) reduce(q, table, nullptr);
-        if (wants_inputs) unapply(q, table, none, nullptr);
+        if (wants_inputs) unapply(q, table, none, none, nullptr);
       });
     } else {
       if (joined && sums_needed)
@@ -143,12 +145,14 @@ class Runs {
           reduce(q, table, nullptr);
         });
       if (wants_inputs) {
-        Buffer<Back> backs;
-        if (!backs.allocate(K)) return NO_MEMORY;
-        for (int64_t k = 0; k < K; k += MANY) backs_of(k, min_of(MANY, K - k), backs.data + k);
+        Buffer<double> backs;
+        if (!backs.allocate(2 * K)) return NO_MEMORY;
+        double* b = backs.data;
+        double* c = backs.data + K;
+        for (int64_t k = 0; k < K; k += MANY) backs_of_sums(k, min_of(MANY, K - k), b + k, c + k);
         over_memory(threads, [&](const Piece& q) {
           Table table;
-          unapply(q, table, backs.data + q.k, nullptr);
+          unapply(q, table, b + q.k, c + q.k, nullptr);
         });
       }
     }
@@ -314,6 +318,7 @@ class Runs {
   struct Table {
     A m[CHUNK], a[CHUNK], b[CHUNK];
     A r[CHUNK], rw[CHUNK], shift[CHUNK], slope[CHUNK];
+    int64_t at = -1, count = 0;  // the pieces that m, a and b belong to
   };
 
   // f(j, mean, 1/scale, what rounding took from the mean, weight, bias) of each of the first `count` pieces.
@@ -338,6 +343,17 @@ class Runs {
       for (int64_t j = 0; j < count; ++j) f(j, s[j], s[K + j], s[2 * K + j], w[j], b[j]);
       return;
     }
+    if (one_each && !plain && q.each > 1) {  // several weights for each statistic
+      for (int64_t j = 0; j < count; ++s)
+        for (int64_t done = 0; done < q.each && j < count;) {
+          const int64_t many = min_of(min_of(q.each - done, count - j), p.wsize - i);
+          const A* w = weight.at ? weight.at + i : nullptr;
+          const A* b = bias.at ? bias.at + i : nullptr;
+          for (int64_t l = 0; l < many; ++l) f(j + l, s[0], s[K], s[2 * K], w ? w[l] : A(1), b ? b[l] : A(0));
+          j += many, done += many, i = i + many == p.wsize ? 0 : i + many;
+        }
+      return;
+    }
     int64_t left = q.each;
     for (int64_t j = 0;;) {
       f(j, s[0], s[K], s[2 * K], !plain && weight.at ? weight.at[i] : A(1), !plain && bias.at ? bias.at[i] : A(0));
@@ -352,7 +368,8 @@ class Runs {
 
   // (x - m)*a + b
   void fill(const Piece& q, Table& t) const {
-    if (!q.fresh) return;
+    if (!q.fresh || (t.at == q.at && t.count == q.count)) return;
+    t.at = q.at, t.count = q.count;
     const bool lift = !p.center && p.scale == SCALE_STD && !p.given;
     look_up(q, q.same ? 1 : q.count, [&](int64_t j, A m, A r, A low, A w, A b) __attribute__((always_inline)) {
       const double wide_r = r, wide_low = low, shift = lift ? (static_cast<double>(m) + wide_low) * wide_r : 0;
@@ -362,17 +379,19 @@ class Runs {
     });
   }
   // g*rw + (x - m)*r*slope + shift
-  void fill_back(const Piece& q, Table& t, const Back* backs) const {
+  void fill_back(const Piece& q, Table& t, const double* b, const double* c) const {
     const int64_t count = q.same ? 1 : q.count;
     look_up(q, count, [&](int64_t j, A, A r, A, A w, A) __attribute__((always_inline)) {
       t.r[j] = r;
       t.rw[j] = static_cast<A>(static_cast<double>(r) * static_cast<double>(w));
     });
-    for (int64_t j = 0; j < count; ++backs)
-      for (const int64_t end = min_of(count, j + q.each); j < end; ++j) {
-        t.slope[j] = static_cast<A>(backs->b);
-        t.shift[j] = static_cast<A>(backs->c);
-      }
+    if (q.each == 1) {
+      for (int64_t j = 0; j < count; ++j) t.slope[j] = static_cast<A>(b[j]), t.shift[j] = static_cast<A>(c[j]);
+      return;
+    }
+    for (int64_t j = 0; j < count; ++b, ++c)
+      for (const int64_t end = min_of(count, j + q.each); j < end; ++j)
+        t.slope[j] = static_cast<A>(*b), t.shift[j] = static_cast<A>(*c);
   }
 
   EVENLY_INLINE Coefficients<T> coefficients(const Piece& q, const Table& t) const {
@@ -476,48 +495,55 @@ class Runs {
   }
 
   // From the sums of the pieces of the statistics k, ..., k + many - 1.
-  void backs_of(int64_t k, int64_t many, Back* to) const {
-    if (p.given) {
-      for (int64_t j = 0; j < many; ++j) to[j] = Back{0, 0};
-      return;
-    }
+  void backs_of_sums(int64_t k, int64_t many, double* b, double* c) const {
     double sum[2][MANY] = {};
-    if (joined || units == 1) {
-      for (int64_t b = 0; b < in_stat; ++b) {
-        const double* one = sums_g + b * K + k;
-        const double* one_d = sums_gd + b * K + k;
+    if (p.given) {
+    } else if (joined || units == 1) {
+      for (int64_t r = 0; r < in_stat; ++r) {
+        const double* one = sums_g + r * K + k;
+        const double* one_d = sums_gd + r * K + k;
         if (steady) {
           for (int64_t j = 0; j < many; ++j) sum[0][j] += one[j], sum[1][j] += one_d[j];
         } else {
           for (int64_t j = 0; j < many; ++j) {
-            const double w = weight_at(index_of(run_of(k + j, b), 0));
+            const double w = weight_at(index_of(run_of(k + j, r), 0));
             sum[0][j] += w * one[j], sum[1][j] += w * one_d[j];
           }
         }
       }
-      for (int64_t j = 0; j < many; ++j) {
-        const double w = steady ? weight_at(index_of(run_of(k + j, 0), 0)) : 1;
-        to[j] = back_of<A>(p, k + j, wide, w * sum[0][j], w * sum[1][j]);
-      }
-      return;
-    }
-    for (int64_t j = 0; j < many; ++j) {
-      double all = 0, all_d = 0;
-      for (int64_t r0 = 0; r0 < p.R0; ++r0) {
-        const int64_t run = run_of(k + j, r0), at = (r0 * K + k + j) * units;
-        for (int64_t u = 0; u < units; ++u) {
-          const double w = weight_at(index_of(run, u));
-          all += w * sums_g[at + u], all_d += w * sums_gd[at + u];
+      if (steady && weight.at) {
+        const int64_t i = index_of(run_of(k, 0), 0);
+        const bool neighbours = p.wsize > 1 && p.R1 == p.wdiv && i + many <= p.wsize && (p.R0 == 1 || k % p.K1 + many <= p.K1);
+        for (int64_t j = 0; j < many; ++j) {
+          const double w = weight.at[neighbours ? i + j : index_of(run_of(k + j, 0), 0)];
+          sum[0][j] *= w, sum[1][j] *= w;
         }
       }
-      to[j] = back_of<A>(p, k + j, wide, all, all_d);
+    } else {
+      const bool one_each = units_seg == 1 && p.wsize > 1;
+      for (int64_t j = 0; j < many; ++j)
+        for (int64_t r0 = 0; r0 < p.R0; ++r0) {
+          const int64_t run = run_of(k + j, r0);
+          const double* one = sums_g + (r0 * K + k + j) * units;
+          const double* one_d = sums_gd + (r0 * K + k + j) * units;
+          int64_t i = index_of(run, 0);
+          for (int64_t u = 0; u < units; ++u) {
+            const double w = weight_at(i);
+            sum[0][j] += w * one[u], sum[1][j] += w * one_d[u];
+            if (one_each)
+              i = i + 1 == p.wsize ? 0 : i + 1;
+            else
+              i = index_of(run, u + 1);
+          }
+        }
     }
+    backs_of<A>(p, k, many, wide, sum[0], sum[1], b, c);
   }
 
-  // backs: of the first piece's statistic and those after it.
-  EVENLY_INLINE void unapply(const Piece& q, Table& table, const Back* backs, const A* park) const {
+  // b, c: of the first piece's statistic and those after it.
+  EVENLY_INLINE void unapply(const Piece& q, Table& table, const double* b, const double* c, const A* park) const {
     fill(q, table);
-    if (q.fresh) fill_back(q, table, backs);
+    if (q.fresh) fill_back(q, table, b, c);
     BackCoefficients<T> e{};
     e.r = table.r[0], e.rw = table.rw[0], e.b = table.slope[0], e.c = table.shift[0];
     e.given = p.given;
@@ -530,9 +556,11 @@ class Runs {
   int store_sums() const {
     Buffer<double> sums;
     if (!sums.zeros(2 * p.wsize)) return NO_MEMORY;
-    double* dw = sums.data;
-    double* db = sums.data + p.wsize;
-    const A* s = static_cast<const A*>(p.stats);
+    double* __restrict dw = sums.data;
+    double* __restrict db = sums.data + p.wsize;
+    const A* __restrict s = static_cast<const A*>(p.stats);
+    const double* __restrict sums_g = this->sums_g;
+    const double* __restrict sums_gd = this->sums_gd;
     const bool lift = !p.center && p.scale == SCALE_STD && !p.given;
     auto add = [&](int64_t i, int64_t k, int64_t at) __attribute__((always_inline)) {
       const double m = s[k], r = s[K + k], low = s[2 * K + k], shift = lift ? (m + low) * r : 0;
@@ -619,10 +647,10 @@ class Runs {
           }
         });
         if (p.dx || p.dresidual) {
-          Back backs[MANY];
-          for (int64_t j = 0; j < many; ++j) backs[j] = back_of<A>(p, k + j, wide, sum[0][j], sum[1][j]);
+          double b[MANY], c[MANY];
+          backs_of<A>(p, k, many, wide, sum[0], sum[1], b, c);
           over_all(k, many, [&](const Piece& q) {
-            unapply(q, table, backs + (q.k - k), parked ? park_at(park.data, q) : nullptr);
+            unapply(q, table, b + (q.k - k), c + (q.k - k), parked ? park_at(park.data, q) : nullptr);
           });
         }
         k += many;

@@ -364,15 +364,16 @@ EVENLY_INLINE vd keep(vl m, vd v) { return as<vd>(m & as<vl>(v)); }
 EVENLY_INLINE vf choose(vi m, vf a, vf b) { return as<vf>((m & as<vi>(a)) | (~m & as<vi>(b))); }
 EVENLY_INLINE vd choose(vl m, vd a, vd b) { return as<vd>((m & as<vl>(a)) | (~m & as<vl>(b))); }
 
+#if defined(__AVX__)
+EVENLY_INLINE __m256d folded(vd v) {  // four lanes
+  __m256d part[sizeof(vd) / 32];
+  __builtin_memcpy(part, &v, sizeof(v));
+  return sizeof(vd) == 64 ? _mm256_add_pd(part[0], part[sizeof(vd) / 32 - 1]) : part[0];
+}
+#endif
 EVENLY_INLINE double sum_lanes(vd v) {
 #if defined(__AVX__)
-#if defined(__AVX512F__)
-  __m256d half[2];
-  __builtin_memcpy(half, &v, sizeof(v));
-  const __m256d u = _mm256_add_pd(half[0], half[1]);
-#else
-  const __m256d u = as<__m256d>(v);
-#endif
+  const __m256d u = folded(v);
   const __m128d h = _mm_add_pd(_mm256_castpd256_pd128(u), _mm256_extractf128_pd(u, 1));
   return _mm_cvtsd_f64(_mm_add_sd(h, _mm_unpackhi_pd(h, h)));
 #endif
@@ -385,11 +386,48 @@ EVENLY_INLINE double sum_lanes(vd v) {
 // Lanes in double, two to one where there are twice as many.
 EVENLY_INLINE vd widened(vd v) { return v; }
 EVENLY_INLINE vd widened(vf v) {
+#if defined(__AVX512F__)
+  __m256 half[2];
+  __builtin_memcpy(half, &v, sizeof(v));
+  return as<vd>(_mm512_maskz_cvtps_pd(0xff, half[0])) + as<vd>(_mm512_maskz_cvtps_pd(0xff, half[1]));
+#else
   vfh half[2];
   __builtin_memcpy(half, &v, sizeof(v));
   return __builtin_convertvector(half[0], vd) + __builtin_convertvector(half[1], vd);
+#endif
 }
 EVENLY_INLINE double sum_lanes(vf v) { return sum_lanes(widened(v)); }
+// In the type itself, for what need not be exact.
+template <class V>
+EVENLY_INLINE auto rough_sum(V v) {
+  typedef decltype(v[0] + v[0]) S;
+  if constexpr (sizeof(V) > 16) {
+    struct Halves {
+      typedef S half __attribute__((vector_size(sizeof(V) / 2)));
+      half of[2];
+    };
+    const Halves h = as<Halves>(v);
+    return rough_sum(h.of[0] + h.of[1]);
+  } else {
+    S sum = v[0];
+    for (size_t i = 1; i < sizeof(V) / sizeof(S); ++i) sum += v[i];
+    return sum;
+  }
+}
+// The sums of two vectors, which cost little more than one.
+EVENLY_INLINE void sum_lanes(vd a, vd b, double& sum_a, double& sum_b) {
+#if defined(__AVX__)
+  const __m256d pairs = _mm256_hadd_pd(folded(a), folded(b));
+  const __m128d both = _mm_add_pd(_mm256_castpd256_pd128(pairs), _mm256_extractf128_pd(pairs, 1));
+  sum_a = _mm_cvtsd_f64(both);
+  sum_b = _mm_cvtsd_f64(_mm_unpackhi_pd(both, both));
+#else
+  sum_a = sum_lanes(a), sum_b = sum_lanes(b);
+#endif
+}
+EVENLY_INLINE void sum_lanes(vf a, vf b, double& sum_a, double& sum_b) {
+  sum_lanes(widened(a), widened(b), sum_a, sum_b);
+}
 
 // ---- bits -----------------------------------------------------------------------------------------------------
 
