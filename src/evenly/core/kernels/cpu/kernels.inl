@@ -477,7 +477,15 @@ struct Run {  // pointers at the start of a piece of a run, or of a row
   const T* dy;
   T* dx;
   T* dresidual;
+  int64_t ahead;  // fetch x and dy this many values further on into the cache; 0: do not
 };
+
+template <class T>
+EVENLY_INLINE void fetch(const T* p, int64_t values) {
+  constexpr int64_t LINE = 64;
+  const char* at = reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(p));
+  for (int64_t i = 0; i < values * static_cast<int64_t>(sizeof(T)); i += LINE) __builtin_prefetch(at + i, 0, 2);
+}
 
 template <class T>
 struct Coefficients {  // of the value before the activation: SCALAR (x-m)*a+b; VECTOR ((x-m)*a+b)*wv+bv; COLUMN
@@ -523,6 +531,7 @@ EVENLY_INLINE void apply_run(const Run<T>& run, int64_t n, const Coefficients<T>
   T* y = run.y;
   int64_t i = 0;
   for (; i + S <= n; i += S) {
+    if (run.ahead) fetch(x + i + run.ahead, S);
     unsigned bits = 0;
     for (int g = 0; g < S; g += 2 * W) {
       V a, b;
@@ -821,6 +830,7 @@ EVENLY_INLINE void apply_back_of(const Run<T>& run, int64_t n, const Coefficient
   };
   int64_t i = 0;
   for (; i + 2 * W <= n; i += 2 * W) {
+    if (run.ahead) fetch(run.x + i + run.ahead, 2 * W), fetch(run.dy + i + run.ahead, 2 * W);
     V x[2], g[2];
     gradient_two<T, KIND, MODE, MIX>(run, park, k, i, x, g);
     if (run.dx) store_two<MIX>(run.dx + i, back(i, W, x[0], g[0]), back(i + W, W, x[1], g[1]));

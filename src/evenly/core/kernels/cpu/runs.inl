@@ -9,6 +9,8 @@ class Runs {
   using A = typename Tr<T>::A;
   static constexpr int64_t GROUP = 512;
   static constexpr int64_t NEAR = 12288;   // bytes of the input of a batch
+  static constexpr int64_t FETCH = 65536; // bytes of a batch that is fetched ahead at most
+  static constexpr int64_t LONG = 1 << 25;
   static constexpr int64_t CHUNK = 32;    // pieces in a table
   static_assert(CHUNK >= MANY, "a batch has one table");
 
@@ -30,6 +32,10 @@ class Runs {
     batch = min_of(MANY, NEAR / max_of(1, n * static_cast<int64_t>(sizeof(T))));
     if (total >= PARALLEL) batch = min_of(batch, ceil_div(neighbours, 8));  // something for every thread
     batch = max_of(1, batch);
+    // A small batch leaves time to fetch the next one while its own output is written, where arithmetic takes longer
+    // than memory: measured, in half precision, and for gradients of weights that vary along long tensors.
+    const bool slow = sizeof(T) == 2 || (g.mode == VECTOR && p.dy && total * static_cast<int64_t>(sizeof(T)) >= LONG);
+    ahead = slow && total >= PARALLEL && batch * n * static_cast<int64_t>(sizeof(T)) <= FETCH ? batch * p.R1 : 0;
     shifting = g.mode == VECTOR && g.nseg == 1 && p.R1 != g.period;
     steady = !shifting && (p.wsize <= 1 || stride % (p.wdiv * p.wsize) == 0);
   }
@@ -162,7 +168,7 @@ class Runs {
  private:
   const Problem& p;
   const Geometry& g;
-  int64_t K, n, total, stride, per_block, pieces, blocks, unit, units_seg, units, neighbours, batch;
+  int64_t K, n, total, stride, per_block, pieces, blocks, unit, units_seg, units, neighbours, batch, ahead;
   double wide, per_weight;
   bool shifting;  // VECTOR: runs start at different places of the period
   bool steady;    // the runs of a statistic have the same weights
@@ -425,6 +431,7 @@ class Runs {
     if (p.dy) r.dy = static_cast<const T*>(p.dy) + q.at;
     if (p.dx) r.dx = static_cast<T*>(p.dx) + q.at;
     if (p.dresidual) r.dresidual = static_cast<T*>(p.dresidual) + q.at;
+    r.ahead = ahead;
     return r;
   }
 
