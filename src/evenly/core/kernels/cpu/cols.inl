@@ -8,7 +8,7 @@ class Cols {
   using V = typename X::V;
   static constexpr int W = X::W;
   static constexpr int64_t PIVOT = 16;    // rows that a value near the mean is taken from
-  static constexpr int64_t PART = 12288;  // values of a part of the rows, at least
+  static constexpr int64_t PART = 24576;  // values of a part of the rows, at least
 
  public:
   Cols(const Problem& problem, const Geometry& geometry) : p(problem), g(geometry) {
@@ -224,7 +224,8 @@ class Cols {
 
   // ---- statistics
 
-  static void merge_columns(double* into, double& count, const double* from, double more, int64_t P) {
+  static void merge_columns(double* __restrict into, double& count, const double* __restrict from, double more,
+                            int64_t P) {
     if (count == 0) {
       std::memcpy(into, from, sizeof(double) * static_cast<size_t>(2 * P));
       count = more;
@@ -233,7 +234,7 @@ class Cols {
     const double all = count + more, f = more / all, h = count * more / all;
     for (int64_t j = 0; j < P; ++j) {
       const double delta = from[j] - into[j];
-      into[j] = std::isfinite(delta) ? into[j] + delta * f : into[j] + from[j];
+      into[j] = std::fabs(delta) < HUGE_VAL ? into[j] + delta * f : into[j] + from[j];
       into[P + j] += from[P + j] + delta * delta * h;
     }
     count = all;
@@ -411,10 +412,10 @@ class Cols {
 
   // ---- y = (x - m)*w + b by column: c = m, w, b
 
-  void expand(int64_t k0, A* c) const {
-    const A* w = of_column.data;
-    const A* b = of_column.data + L;
-    const A* s = static_cast<const A*>(p.stats) + k0 * p.K1;
+  void expand(int64_t k0, A* __restrict c) const {
+    const A* __restrict w = of_column.data;
+    const A* __restrict b = of_column.data + L;
+    const A* __restrict s = static_cast<const A*>(p.stats) + k0 * p.K1;
     const bool lift = !p.center && p.scale == SCALE_STD && !p.given;
     auto column = [&](int64_t j, int64_t k1) __attribute__((always_inline)) {
       const double m = s[k1], r = s[K + k1], low = s[2 * K + k1], shift = lift ? (m + low) * r : 0;
@@ -541,25 +542,37 @@ class Cols {
   }
 
   // e = r, r*w, b, c by column
-  void expand_back(int64_t k0, const double* sums, A* e) const {
-    const A* w = of_column.data;
-    for (int64_t k1 = 0; k1 < p.K1; ++k1) {
-      const int64_t from = k1 * p.R1, to = from + p.R1;
-      double sum = 0, sum_d = 0;
-      for (int64_t q = 0; q < P / L; ++q)
-        for (int64_t j = from; j < to; ++j) {
-          sum += static_cast<double>(w[j]) * sums[q * L + j];
-          sum_d += static_cast<double>(w[j]) * sums[P + q * L + j];
-        }
-      const int64_t k = k0 * p.K1 + k1;
-      const Back back = back_of<A>(p, k, static_cast<double>(n), sum, sum_d);
-      const Stat s = stat_of<A>(p, k);
-      for (int64_t j = from; j < to; ++j) {
-        e[j] = static_cast<A>(s.r);
-        e[P + j] = static_cast<A>(s.r * static_cast<double>(w[j]));
-        e[2 * P + j] = static_cast<A>(back.b);
-        e[3 * P + j] = static_cast<A>(back.c);
+  void expand_back(int64_t k0, const double* __restrict sums, A* __restrict e) const {
+    const A* __restrict w = of_column.data;
+    const A* __restrict r = static_cast<const A*>(p.stats) + K + k0 * p.K1;
+    for (int64_t first = 0; first < p.K1; first += MANY) {
+      const int64_t many = min_of(MANY, p.K1 - first);
+      double sum[MANY] = {}, sum_d[MANY] = {}, b[MANY], c[MANY];
+      for (int64_t q = 0; q < P / L; ++q) {
+        const double* __restrict one = sums + q * L + first * p.R1;
+        const A* __restrict weights = w + first * p.R1;
+        auto add = [&](int64_t j, int64_t at) __attribute__((always_inline)) {
+          sum[j] += static_cast<double>(weights[at]) * one[at];
+          sum_d[j] += static_cast<double>(weights[at]) * one[P + at];
+        };
+        if (p.R1 == 1)
+          for (int64_t j = 0; j < many; ++j) add(j, j);
+        else
+          for (int64_t j = 0; j < many; ++j)
+            for (int64_t i = 0; i < p.R1; ++i) add(j, j * p.R1 + i);
       }
+      backs_of<A>(p, k0 * p.K1 + first, many, static_cast<double>(n), sum, sum_d, b, c);
+      auto column = [&](int64_t at, int64_t j) __attribute__((always_inline)) {
+        e[at] = r[first + j];
+        e[P + at] = static_cast<A>(static_cast<double>(r[first + j]) * static_cast<double>(w[at]));
+        e[2 * P + at] = static_cast<A>(b[j]);
+        e[3 * P + at] = static_cast<A>(c[j]);
+      };
+      if (p.R1 == 1)
+        for (int64_t j = 0; j < many; ++j) column(first + j, j);
+      else
+        for (int64_t j = 0; j < many; ++j)
+          for (int64_t i = 0; i < p.R1; ++i) column((first + j) * p.R1 + i, j);
     }
     for (int i = 0; i < 4; ++i) repeat(e + i * P);
   }
