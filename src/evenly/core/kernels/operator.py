@@ -69,6 +69,8 @@ class Entry(ABC):
     :meth:`positive`. Its constructor raises :class:`Unsupported` for a call that they do not take.
     """
 
+    converts = False  # whether given and running statistics may have any dtype
+
     __slots__ = (
         "activation",
         "block",
@@ -520,14 +522,14 @@ def quick(
     if given is not MEASURED:
         if not (_is_statistic(given[0], entry) and _is_statistic(given[1], entry)):
             return None
-        if given[0].dtype != entry.stats_dtype or given[1].dtype != entry.stats_dtype:  # type: ignore[union-attr]
+        if not _takes(entry, given[0], given[1]):
             given = (given[0].to(entry.stats_dtype), given[1].to(entry.stats_dtype))  # type: ignore[union-attr]
     if running is None:
         return _apply(entry, x, weight, bias, residual, given, False, None)[0]
     mean, var, momentum = running
     if entry.plan.count < 2 or not (_is_statistic(mean, entry) and _is_statistic(var, entry)):
         return None
-    if mean.dtype == entry.stats_dtype and var.dtype == entry.stats_dtype:
+    if _takes(entry, mean, var):
         y = _apply(entry, x, weight, bias, residual, given, False, running)[0]
         torch.autograd.graph.increment_version(mean)
         torch.autograd.graph.increment_version(var)
@@ -537,6 +539,14 @@ def quick(
     mean.copy_(wide[0])
     var.copy_(wide[1])
     return y
+
+
+def _takes(entry: Entry, mean: Tensor | None, var: Tensor | None) -> bool:
+    """Whether statistics have a dtype that the kernels read and write."""
+    assert mean is not None and var is not None
+    if mean.dtype != var.dtype:
+        return False
+    return mean.dtype == entry.stats_dtype or (entry.converts and mean.dtype in DTYPES)
 
 
 def _is_parameter(parameter: Tensor, entry: Entry) -> bool:
@@ -689,8 +699,8 @@ def _differentiable(
             bias=inputs[2],
             residual=inputs[3],
             mask=mask,
-            mean=None if mean is None else entry.shaped(mean),
-            var=None if var is None else entry.shaped(var),
+            mean=None if mean is None else entry.shaped(mean.to(entry.stats_dtype)),
+            var=None if var is None else entry.shaped(var.to(entry.stats_dtype)),
             want_stats=dmean is not None or dvar is not None,
         )
         assert inputs[0] is not None

@@ -22,6 +22,8 @@ _NO_MEMORY = "The CPU kernels could not allocate their working memory."
 class CpuEntry(Entry):
     """A call for the C++ kernels."""
 
+    converts = True
+
     __slots__ = ("layout",)
 
     def __init__(
@@ -77,6 +79,7 @@ class CpuEntry(Entry):
         """The output; ``stats``, ``bits`` and ``moments`` are filled, ``running`` moves towards what was measured."""
         y = torch.empty_like(x)
         mean, var = given
+        one = running[0] if running is not None else var if var is not None else mean
         layout = self.layout if mask is None else self._masked(mask)
         status = layout.forward(
             x.data_ptr(),
@@ -93,6 +96,7 @@ class CpuEntry(Entry):
             0 if running is None else running[0].data_ptr(),
             0 if running is None else running[1].data_ptr(),
             0.0 if running is None else running[2],
+            0 if one is None else DTYPES[one.dtype],
         )
         if status:
             raise MemoryError(_NO_MEMORY)
@@ -127,7 +131,7 @@ class CpuEntry(Entry):
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance, flat."""
         mean, var = self.empty_moments()
-        if self.layout.forward(x.data_ptr(), 0, 0, 0, 0, 0, 0, 0, 0, mean.data_ptr(), var.data_ptr(), 0, 0, 0.0):
+        if self.layout.forward(x.data_ptr(), 0, 0, 0, 0, 0, 0, 0, 0, mean.data_ptr(), var.data_ptr(), 0, 0, 0.0, 0):
             raise MemoryError(_NO_MEMORY)
         return mean, var
 

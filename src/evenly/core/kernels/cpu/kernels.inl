@@ -282,7 +282,37 @@ int64_t bits_row(const Problem& p) {
   return g.cols ? g.width : g.seg;
 }
 
-// Weight or bias in the accumulation type, each value repeated wdiv times where repeat is set.
+// f(a value of the type).
+template <class F>
+EVENLY_INLINE void with_dtype(int dtype, const F& f) {
+  if (dtype == F32) f(float{});
+  if (dtype == F64) f(double{});
+  if (dtype == BF16) f(bf16{});
+  if (dtype == F16) f(f16{});
+}
+
+template <class S, class A>
+void convert(S* to, int64_t many, const A* from) {
+  int64_t i = 0;
+  if constexpr (sizeof(S) == 2 && sizeof(A) == 8)
+    for (; i + WF <= many; i += WF) {
+      const vfh half[2] = {__builtin_convertvector(raw_load<vd>(from + i), vfh),
+                           __builtin_convertvector(raw_load<vd>(from + i + WD), vfh)};
+      Tr<S>::store(to + i, raw_load<vf>(half));
+    }
+  if constexpr (sizeof(S) == 2 && sizeof(A) == 4)
+    for (; i + WF <= many; i += WF) Tr<S>::store(to + i, raw_load<vf>(from + i));
+  for (; i < many; ++i) to[i] = from_double<S>(from[i]);
+}
+
+// Gradients of parameters first ... first + many, in their own dtype, from sums.
+template <class A>
+void store_parameters(void* to, int dtype, int64_t first, int64_t many, const A* from) {
+  if (!to) return;
+  with_dtype(dtype, [&](auto kind) { convert(static_cast<decltype(kind)*>(to) + first, many, from); });
+}
+
+// Weight, bias or a given statistic in the accumulation type, each value repeated `times` times.
 template <class A>
 struct Parameters {
   Buffer<A> own;
@@ -308,10 +338,7 @@ struct Parameters {
       return true;
     }
     if (!own.allocate(n * times)) return false;
-    if (dtype == F32) copy(static_cast<const float*>(from), n, times);
-    if (dtype == F64) copy(static_cast<const double*>(from), n, times);
-    if (dtype == BF16) copy(static_cast<const bf16*>(from), n, times);
-    if (dtype == F16) copy(static_cast<const f16*>(from), n, times);
+    with_dtype(dtype, [&](auto kind) { copy(static_cast<const decltype(kind)*>(from), n, times); });
     at = own.data;
     return true;
   }
@@ -392,12 +419,19 @@ inline void finish_many(const Problem& p, int64_t k, int64_t many, double n, con
   if (p.var_out)
     for (int64_t j = 0; j < many; ++j) static_cast<A*>(p.var_out)[k + j] = static_cast<A>(var[j]);
   if (p.running_mean) {
-    A* rm = static_cast<A*>(p.running_mean) + k;
-    A* rv = static_cast<A*>(p.running_var) + k;
-    for (int64_t j = 0; j < many; ++j) {
-      rm[j] = static_cast<A>((1 - p.momentum) * rm[j] + p.momentum * mean[j]);
-      rv[j] = static_cast<A>((1 - p.momentum) * rv[j] + p.momentum * (m2[j] / (n - 1)));
-    }
+    A moved[2][MANY];
+    const double unbiased = 1 / (n - 1);
+    with_dtype(p.sdtype, [&](auto kind) __attribute__((always_inline)) {
+      using S = decltype(kind);
+      S* rm = static_cast<S*>(p.running_mean) + k;
+      S* rv = static_cast<S*>(p.running_var) + k;
+      for (int64_t j = 0; j < many; ++j) {
+        moved[0][j] = static_cast<A>((1 - p.momentum) * to_double(rm[j]) + p.momentum * mean[j]);
+        moved[1][j] = static_cast<A>((1 - p.momentum) * to_double(rv[j]) + p.momentum * (m2[j] * unbiased));
+      }
+      convert(rm, many, moved[0]);
+      convert(rv, many, moved[1]);
+    });
   }
 }
 
@@ -407,11 +441,13 @@ inline void finish(const Problem& p, int64_t k, const Moments& mo, bool raw) {
 }
 
 template <class A>
-inline void use_given(const Problem& p) {
+inline bool use_given(const Problem& p) {
   A* __restrict s = static_cast<A*>(p.stats);
   const int64_t K = p.K0 * p.K1;
-  const A* __restrict mean = static_cast<const A*>(p.mean_in);
-  const A* __restrict var = static_cast<const A*>(p.var_in);
+  Parameters<A> means, vars;
+  if (!means.set(p.mean_in, p.sdtype, K, 1) || !vars.set(p.var_in, p.sdtype, K, 1)) return false;
+  const A* __restrict mean = means.at;
+  const A* __restrict var = vars.at;
   const bool centered = p.center && mean;
   for (int64_t k = 0; k < K; ++k) s[k] = centered ? mean[k] : A(0);
   if (p.scale == SCALE_NONE)
@@ -419,6 +455,7 @@ inline void use_given(const Problem& p) {
   else
     for (int64_t k = 0; k < K; ++k) s[K + k] = static_cast<A>(1 / std::sqrt(static_cast<double>(var[k]) + p.eps));
   for (int64_t k = 0; k < K; ++k) s[2 * K + k] = 0;
+  return true;
 }
 
 // dx = r*g*w + u*b + c with u = (x - m)*r, from the sums of g*w and g*w*(x - m).
@@ -918,29 +955,6 @@ inline int kind_of(const Problem& p) {
   }
 }
 
-// Gradients of parameters first ... first + many, in their own dtype, from sums.
-template <class S, class A>
-void convert(S* to, int64_t many, const A* from) {
-  int64_t i = 0;
-  if constexpr (sizeof(S) == 2 && sizeof(A) == 8)
-    for (; i + WF <= many; i += WF) {
-      const vfh half[2] = {__builtin_convertvector(raw_load<vd>(from + i), vfh),
-                           __builtin_convertvector(raw_load<vd>(from + i + WD), vfh)};
-      Tr<S>::store(to + i, raw_load<vf>(half));
-    }
-  if constexpr (sizeof(S) == 2 && sizeof(A) == 4)
-    for (; i + WF <= many; i += WF) Tr<S>::store(to + i, raw_load<vf>(from + i));
-  for (; i < many; ++i) to[i] = from_double<S>(from[i]);
-}
-template <class A>
-void store_parameters(void* to, int dtype, int64_t first, int64_t many, const A* from) {
-  if (!to) return;
-  if (dtype == F32) convert(static_cast<float*>(to) + first, many, from);
-  if (dtype == F64) convert(static_cast<double*>(to) + first, many, from);
-  if (dtype == BF16) convert(static_cast<bf16*>(to) + first, many, from);
-  if (dtype == F16) convert(static_cast<f16*>(to) + first, many, from);
-}
-
 #include "runs.inl"
 #include "cols.inl"
 #include "masked.inl"
@@ -951,7 +965,7 @@ template <class T>
 int forward_of(const Problem& p) {
   Geometry g;
   if (!plan(p, g)) return UNSUPPORTED;
-  if (p.given && !p.ready) use_given<typename Tr<T>::A>(p);
+  if (p.given && !p.ready && !use_given<typename Tr<T>::A>(p)) return NO_MEMORY;
   if (is_masked(p)) return g.cols ? MaskedCols<T>(p, g).forward() : MaskedRuns<T>(p, g).forward();
   return g.cols ? Cols<T>(p, g).forward() : Runs<T>(p, g).forward();
 }

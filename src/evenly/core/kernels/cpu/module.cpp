@@ -96,7 +96,7 @@ struct Layout {
 
   int forward(uintptr_t x, uintptr_t y, uintptr_t stats, uintptr_t weight, uintptr_t bias, uintptr_t residual,
               uintptr_t bits, uintptr_t mean_in, uintptr_t var_in, uintptr_t mean_out, uintptr_t var_out,
-              uintptr_t running_mean, uintptr_t running_var, double momentum) const {
+              uintptr_t running_mean, uintptr_t running_var, double momentum, int sdtype) const {
     Problem q = p;
     q.x = at<void>(x), q.y = at<void>(y), q.stats = at<void>(stats);
     q.weight = at<void>(weight), q.bias = at<void>(bias), q.residual = at<void>(residual);
@@ -111,6 +111,7 @@ struct Layout {
     q.mean_out = at<void>(mean_out), q.var_out = at<void>(var_out);
     q.running_mean = at<void>(running_mean), q.running_var = at<void>(running_var);
     q.momentum = momentum;
+    q.sdtype = sdtype;
     expect_large(y, bytes_of(p));
     nb::gil_scoped_release unlocked;
     return chosen.kernels->forward(q);

@@ -21,6 +21,7 @@ struct Problem {
   int64_t mouter, mdiv, msize;
   int dtype;            // of x, y, residual and their gradients
   int wdtype;           // of weight, bias and their gradients
+  int sdtype;           // of the statistics that are given, and of running ones
   int act, scale;
   int center;
   int given;   // statistics are given, not measured
