@@ -67,6 +67,27 @@ CASES = [
     Case("n c h w -> n", (5, 6, 9, 7), "c h w"),
     Case("n d -> n d", (6, 5), "d"),
     Case("n d -> d", (1, 9), "d"),
+    # many short runs at a time: a weight each, weights that start over within a batch, several batches, two rows of
+    # them, rows that are added up, several segments a run and more than a table holds, long ones
+    Case("n d -> n", (77, 49), "n"),
+    Case("n c l -> n c", (70, 5, 49), "c"),
+    Case("n c l -> n c", (3, 500, 49), "c"),
+    Case("n c l -> c", (2, 70, 49), "c"),
+    Case("n c l -> c", (2, 40, 12), "c"),
+    Case("n c l -> c", (64, 16, 64), "c"),
+    Case("b n c l -> b c", (3, 5, 40, 49), "c"),
+    Case("b n c l -> b c", (3, 2, 40, 49), "c"),
+    Case("n g c l -> n g", (3, 2, 40, 17), "g c"),
+    Case("n g c l -> n g", (64, 8, 2, 64), "g c"),
+    Case("n c l -> n", (3, 2, 20011), "c"),
+    # weights along the run: rows together, periods, runs that start at different places of one, several rows
+    Case("n d -> n", (203, 96), "d"),
+    Case("n m d -> n", (13, 6, 33), "d"),
+    Case("n m d -> n m", (5, 4, 48), "m d"),
+    Case("n m d -> m", (7, 5, 64), "d"),
+    # columns: several parts, a statistic of two columns, rows side by side
+    Case("n h c -> n c", (2, 300, 200), "c"),
+    Case("n h g c -> n g", (30, 64, 8, 2), "g c"),
 ]
 
 
@@ -124,7 +145,7 @@ def leaves(case: Case, dtype: torch.dtype, seed: int, offset: int, residual: boo
     return [x, one(width), one(width), one(case.shape, case.last) if residual else None, one(case.shape, case.last)]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     case=st.sampled_from(CASES),
     dtype=st.sampled_from(DTYPES),
@@ -422,11 +443,12 @@ def everything(x: Tensor, pattern: str) -> tuple[Tensor, ...]:
     return (y.detach(), *torch.autograd.grad(y, (leaf, w), x.roll(1, 0)))
 
 
+@pytest.mark.parametrize("shape", [(6, 10, 60, 61), (2, 512, 7, 7), (64, 16, 8, 8)])
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("pattern", ["n c h w -> c", "n c h w -> n", "n c h w -> n c", "n c h w -> "])
-def test_bits_do_not_depend_on_the_number_of_threads(pattern, last):
+def test_bits_do_not_depend_on_the_number_of_threads(pattern, last, shape):
     torch.manual_seed(0)
-    x = torch.randn(6, 10, 60, 61)
+    x = torch.randn(shape)
     x = x.contiguous(memory_format=torch.channels_last) if last else x
     before = torch.get_num_threads()
     runs = []
@@ -678,6 +700,34 @@ def test_batch_norm_layer_as_pytorch(dtype, last):
     theirs.eval()
     for _ in range(2):
         torch.testing.assert_close(ours(x), theirs(x), **tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("last", [False, True])
+def test_running_statistics_of_any_dtype(dtype, last):
+    """They are moved and used as if they had been converted for each call."""
+    torch.manual_seed(0)
+    layer, plain = evenly.nn.BatchNorm(70), evenly.nn.BatchNorm(70)
+    layer.running_mean, layer.running_var = layer.running_mean.to(dtype), layer.running_var.to(dtype)
+    for _ in range(3):
+        x = torch.randn(5, 70, 6, 6) * 3 + 2
+        x = x.contiguous(memory_format=torch.channels_last) if last else x
+        plain.running_mean = layer.running_mean.float()
+        plain.running_var = layer.running_var.float()
+        version = layer.running_mean._version
+        assert torch.equal(layer(x), plain(x))
+        assert layer.running_mean._version > version
+        assert layer.running_mean.dtype == dtype
+        assert torch.equal(layer.running_mean, plain.running_mean.to(dtype))
+        assert torch.equal(layer.running_var, plain.running_var.to(dtype))
+    plain.running_mean, plain.running_var = layer.running_mean.float(), layer.running_var.float()
+    ours, theirs = (x.clone().requires_grad_() for _ in range(2))
+    y, want = layer.eval()(ours), plain.eval()(theirs)
+    assert torch.equal(y, want)
+    for a, b in zip(
+        torch.autograd.grad(y, (ours, layer.weight), x), torch.autograd.grad(want, (theirs, plain.weight), x), strict=True
+    ):
+        assert torch.equal(a, b)
 
 
 def test_without_the_extension(monkeypatch):
