@@ -282,10 +282,12 @@ class Norm(nn.Module):
         self.num_batches_tracked.add_(1)
         factor = 1.0 / self.num_batches_tracked.to(var.dtype) if self.momentum is None else self.momentum
         # A statistic of too few values (two for a variance, all others masked) teaches nothing.
-        step = torch.where(enough, factor, torch.zeros_like(var)).to(self.running_mean.dtype)
+        step = torch.where(enough, factor, torch.zeros_like(var))
         for running, value in ((self.running_mean, mean), (self.running_var, var)):
             if running is not None:
-                running.lerp_(torch.where(enough, value.to(running.dtype), running), step)
+                wide = torch.promote_types(running.dtype, value.dtype)  # rounded once, as the kernels do
+                before = running.to(wide)
+                running.copy_(before.lerp(torch.where(enough, value.to(wide), before), step.to(wide)))
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any

@@ -419,15 +419,15 @@ inline void finish_many(const Problem& p, int64_t k, int64_t many, double n, con
   if (p.var_out)
     for (int64_t j = 0; j < many; ++j) static_cast<A*>(p.var_out)[k + j] = static_cast<A>(var[j]);
   if (p.running_mean) {
-    A moved[2][MANY];
+    double moved[2][MANY];
     const double unbiased = 1 / (n - 1);
     with_dtype(p.sdtype, [&](auto kind) __attribute__((always_inline)) {
       using S = decltype(kind);
       S* rm = static_cast<S*>(p.running_mean) + k;
       S* rv = static_cast<S*>(p.running_var) + k;
       for (int64_t j = 0; j < many; ++j) {
-        moved[0][j] = static_cast<A>((1 - p.momentum) * to_double(rm[j]) + p.momentum * mean[j]);
-        moved[1][j] = static_cast<A>((1 - p.momentum) * to_double(rv[j]) + p.momentum * (m2[j] * unbiased));
+        moved[0][j] = (1 - p.momentum) * to_double(rm[j]) + p.momentum * mean[j];
+        moved[1][j] = (1 - p.momentum) * to_double(rv[j]) + p.momentum * (m2[j] * unbiased);
       }
       convert(rm, many, moved[0]);
       convert(rv, many, moved[1]);
