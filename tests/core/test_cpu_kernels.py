@@ -92,7 +92,14 @@ CASES = [
 
 
 def formula(
-    x: Tensor, case: Case, w: Tensor, b: Tensor, r: Tensor | None, how: dict[str, object], act: str | None
+    x: Tensor,
+    case: Case,
+    w: Tensor,
+    b: Tensor,
+    r: Tensor | None,
+    how: dict[str, object],
+    act: str | None,
+    stats: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """From the definition, in the dtype of its arguments (float64)."""
     left = case.pattern.split("->")[0].split()
@@ -101,10 +108,12 @@ def formula(
     n = 1
     for i in dims:
         n *= x.shape[i]
-    mean = x.mean(dims, keepdim=True) if dims else x
+    keep = [1 if i in dims else size for i, size in enumerate(x.shape)]
+    mean = stats[0].reshape(keep) if stats else x.mean(dims, keepdim=True) if dims else x
     u = x - mean
     correction = how.get("correction", 0)
     var = u.square().sum(dims, keepdim=True) / (n - correction) if dims else u.square()
+    var = stats[1].reshape(keep) if stats else var
     v = u if how.get("center", True) else x
     scale = how.get("scale", "std")
     if scale == "std":
@@ -152,15 +161,30 @@ def leaves(case: Case, dtype: torch.dtype, seed: int, offset: int, residual: boo
     how=st.sampled_from(HOW),
     act=st.sampled_from([None, "relu", "silu", "gelu"]),
     residual=st.booleans(),
+    given_stats=st.booleans(),
+    threads=st.sampled_from([1, 1, 2, 3]),
     offset=st.integers(0, 5),
     seed=st.integers(0, 99),
 )
-def test_against_float64(case, dtype, how, act, residual, offset, seed):
+def test_against_float64(case, dtype, how, act, residual, given_stats, threads, offset, seed):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check_against_float64(case, dtype, how, act, residual, given_stats, offset, seed)
+    finally:
+        torch.set_num_threads(before)
+
+
+def check_against_float64(case, dtype, how, act, residual, given_stats, offset, seed):
     if case.pattern in ("n d -> n d", "n d -> d") and (how.get("correction") or how.get("scale") == "l2"):
         how = {}
     if case.shape[0] == 1 and not how.get("center", True):
         how = {}
     x, w, b, r, dy = leaves(case, dtype, seed, offset, residual)
+    stats = None
+    if given_stats:
+        how = {}
+        stats = tuple(s.double() + 0.5 for s in evenly.moments(x, case.pattern)[:2])
     inputs = [t.requires_grad_() for t in (x.detach(), w.detach(), b.detach())]
     if r is not None:
         inputs.append(r.detach().requires_grad_())
@@ -172,6 +196,7 @@ def test_against_float64(case, dtype, how, act, residual, offset, seed):
         affine=case.affine,
         residual=inputs[3] if residual else None,
         activation=act,
+        stats=None if stats is None else tuple(s.to(reference.accumulate_dtype(dtype)) for s in stats),
         **how,
     )
     order = dense_order(x)
@@ -181,7 +206,7 @@ def test_against_float64(case, dtype, how, act, residual, offset, seed):
         assert type(y.grad_fn).__name__ == "_NormalizeBackward"
     got = torch.autograd.grad(y, inputs, dy)
     wide = [t.detach().double().requires_grad_() for t in inputs]
-    want = formula(*wide[:1], case, wide[1], wide[2], wide[3] if residual else None, how, act)
+    want = formula(*wide[:1], case, wide[1], wide[2], wide[3] if residual else None, how, act, stats)
     wanted = torch.autograd.grad(want, wide, dy.double())
     tolerance = TOLERANCE[dtype]
     assert y.dtype == dtype
@@ -731,7 +756,9 @@ def test_running_statistics_of_any_dtype(dtype, last):
     y, want = layer.eval()(ours), plain.eval()(theirs)
     assert torch.equal(y, want)
     for a, b in zip(
-        torch.autograd.grad(y, (ours, layer.weight), x), torch.autograd.grad(want, (theirs, plain.weight), x), strict=True
+        torch.autograd.grad(y, (ours, layer.weight), x),
+        torch.autograd.grad(want, (theirs, plain.weight), x),
+        strict=True,
     ):
         assert torch.equal(a, b)
 

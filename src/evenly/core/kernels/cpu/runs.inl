@@ -266,7 +266,8 @@ class Runs {
       f(Piece{run * p.R1, p.R1, many, p.R1, k, 1, run, 0, r0, g.bits_row, false, r0 == 0 || !steady, r0 * p.R1, n});
       return;
     }
-    if (p.R0 == 1 && g.nseg <= CHUNK && to == g.nseg && !shifting) {  // all segments of as many runs as fit
+    const bool complete = units_seg == 1 && from == 0 && to == units;
+    if (p.R0 == 1 && g.nseg <= CHUNK && complete && !shifting) {  // all segments of as many runs as fit
       const int64_t at_once = CHUNK / g.nseg;
       for (int64_t j = 0; j < many; j += at_once)
         f(Piece{(run + j) * p.R1, g.seg, min_of(at_once, many - j) * g.nseg, g.seg, k + j, g.nseg, run + j, 0, r0,
