@@ -73,6 +73,8 @@ CASES = [
     Case("n c l -> n c", (70, 5, 49), "c"),
     Case("n c l -> n c", (3, 500, 49), "c"),
     Case("n c l -> c", (2, 70, 49), "c"),
+    Case("n c l -> c", (2, 32, 49), "c"),
+    Case("n c l -> c", (2, 3, 7001), "c"),
     Case("n c l -> c", (2, 40, 12), "c"),
     Case("n c l -> c", (64, 16, 64), "c"),
     Case("b n c l -> b c", (3, 5, 40, 49), "c"),

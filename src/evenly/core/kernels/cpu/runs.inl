@@ -125,7 +125,7 @@ class Runs {
             for (int64_t j = 0; j < many; ++j)
               for (int64_t b = 0; b < in_stat; ++b) reduce_joined(k + j, b, parked, park.data, j);
           else
-            over_all(k, many, [&](const Piece& q) { reduce(q, table, parked ? park_at(park.data, q) : nullptr); });
+            over_all(k, many, [&](const Piece& q) { reduce(q, table, parked ? park_at(park.data, q) : nullptr); }, true);
         }
         if (!wants_inputs) return;
         double b[MANY], c[MANY];
@@ -247,10 +247,11 @@ class Runs {
     int64_t park, park_stride;  // where the gradient before the activation is left, in a buffer of the batch
   };
 
-  // All pieces of the statistics k, ..., k + many - 1, which are neighbours.
+  // All pieces of the statistics k, ..., k + many - 1, which are neighbours. separate: the runs of one statistic are not
+  // pieces of one series.
   template <class F>
-  EVENLY_INLINE void over_all(int64_t k, int64_t many, const F& f) const {
-    if (many == 1 && p.R0 > 1 && steady && units == 1) {
+  EVENLY_INLINE void over_all(int64_t k, int64_t many, const F& f, bool separate = false) const {
+    if (many == 1 && p.R0 > 1 && steady && units == 1 && !separate) {
       const int64_t run = run_of(k, 0);
       f(Piece{run * p.R1, p.R1, p.R0, stride, k, p.R0, run, 0, 0, p.K1 * g.bits_row, true, true, 0, p.R1});
       return;
