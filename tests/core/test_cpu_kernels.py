@@ -164,7 +164,7 @@ def leaves(case: Case, dtype: torch.dtype, seed: int, offset: int, residual: boo
     act=st.sampled_from([None, "relu", "silu", "gelu"]),
     residual=st.booleans(),
     given_stats=st.booleans(),
-    threads=st.sampled_from([1, 1, 2, 3]),
+    threads=st.sampled_from([1, 1, 2, 3, 16]),
     offset=st.integers(0, 5),
     seed=st.integers(0, 99),
 )
@@ -463,26 +463,28 @@ def test_nan_and_infinity_stay_where_they_belong(bad, pattern):
 # ---- runs, threads, processes ---------------------------------------------------------------------------------------
 
 
-def everything(x: Tensor, pattern: str) -> tuple[Tensor, ...]:
+def everything(x: Tensor, pattern: str, given: bool) -> tuple[Tensor, ...]:
     leaf = x.detach().clone().requires_grad_()
     w = torch.linspace(0.5, 2, x.shape[1]).requires_grad_()
-    y = evenly.normalize(leaf, pattern, weight=w, affine="c", activation="silu")
+    stats = evenly.moments(x, pattern)[:2] if given else None
+    y = evenly.normalize(leaf, pattern, weight=w, affine="c", activation="silu", stats=stats)
     return (y.detach(), *torch.autograd.grad(y, (leaf, w), x.roll(1, 0)))
 
 
-@pytest.mark.parametrize("shape", [(6, 10, 60, 61), (2, 512, 7, 7), (64, 16, 8, 8)])
+@pytest.mark.parametrize("shape", [(6, 10, 60, 61), (2, 512, 7, 7), (64, 16, 8, 8), (40, 20, 6, 8)])
 @pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("pattern", ["n c h w -> c", "n c h w -> n", "n c h w -> n c", "n c h w -> "])
-def test_bits_do_not_depend_on_the_number_of_threads(pattern, last, shape):
+def test_bits_do_not_depend_on_the_number_of_threads(pattern, given, last, shape):
     torch.manual_seed(0)
     x = torch.randn(shape)
     x = x.contiguous(memory_format=torch.channels_last) if last else x
     before = torch.get_num_threads()
     runs = []
     try:
-        for threads in (1, 2, 3, 2, 1):
+        for threads in (1, 2, 3, 16, 1):
             torch.set_num_threads(threads)
-            runs.append(everything(x, pattern))
+            runs.append(everything(x, pattern, given))
     finally:
         torch.set_num_threads(before)
     for other in runs[1:]:

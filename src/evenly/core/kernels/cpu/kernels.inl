@@ -698,6 +698,11 @@ struct Sums {
   A* park = nullptr;  // where to leave the gradient before the activation
 
   EVENLY_INLINE void settle(double* g, double* gd) const { sum_lanes(g0 + g1, d0 + d1, *g, *gd); }
+  // On to sums in double, and from zero again.
+  EVENLY_INLINE void move_to(vd& g, vd& gd) {
+    g += widened(g0 + g1), gd += widened(d0 + d1);
+    g0 = g1 = d0 = d1 = V{};
+  }
 };
 
 // SCALAR: parameters that are constant along the run.
@@ -758,7 +763,10 @@ EVENLY_INLINE void advance(Run<T>& run, const Series<T>& series, bool residual) 
 template <class T, int KIND>
 void reduce_series(Run<T> run, int64_t n, Coefficients<T> k, const Series<T>& series, bool joined,
                    typename Tr<T>::A* park, int64_t park_stride, double* g, double* gd) {
+  constexpr int64_t ENOUGH = 64 * Tr<T>::W;  // values that lanes add up in their own type
   Sums<T> sums;
+  vd all_g{}, all_gd{};
+  int64_t since = 0;
   for (int64_t j = 0;;) {
     series.set(k, j);
     sums.park = park ? park + j * park_stride : nullptr;
@@ -766,11 +774,16 @@ void reduce_series(Run<T> run, int64_t n, Coefficients<T> k, const Series<T>& se
     if (!joined) {
       sums.settle(g + j, gd + j);
       sums = Sums<T>();
+    } else if ((since += n) >= ENOUGH) {
+      sums.move_to(all_g, all_gd);
+      since = 0;
     }
     if (++j == series.many) break;
     advance(run, series, has_residual(KIND));
   }
-  if (joined) sums.settle(g, gd);
+  if (!joined) return;
+  sums.move_to(all_g, all_gd);
+  sum_lanes(all_g, all_gd, *g, *gd);
 }
 
 // VECTOR: R pieces at once, with the gradients of weight and bias, which are added to dw and db.

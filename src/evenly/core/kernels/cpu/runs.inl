@@ -106,7 +106,8 @@ class Runs {
     joined = p.R0 > 2 && g.nseg == 1 && steady && p.R1 <= UNIT && !(p.given && n * static_cast<int64_t>(sizeof(T)) > NEAR);
     rows_joined = max_of(1, UNIT / p.R1);
     in_stat = joined ? ceil_div(p.R0, rows_joined) : p.R0 * units;
-    const bool whole = threads == 1 || batches() >= 2 * threads || in_stat == 1;
+    // how runs are added up must not depend on the number of threads: given statistics, joined, take this way always
+    const bool whole = threads == 1 || batches() >= 2 * threads || in_stat == 1 || (p.given && joined);
     Buffer<double> kept;
     if (sums_needed && !kept.allocate(2 * K * in_stat)) return NO_MEMORY;
     sums_g = kept.data, sums_gd = kept.data + K * in_stat;
