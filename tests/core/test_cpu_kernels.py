@@ -463,7 +463,7 @@ def test_nan_and_infinity_stay_where_they_belong(bad, pattern):
 # ---- runs, threads, processes ---------------------------------------------------------------------------------------
 
 
-def everything(x: Tensor, pattern: str, given: bool) -> tuple[Tensor, ...]:
+def everything(x: Tensor, pattern: str, given: bool = False) -> tuple[Tensor, ...]:
     leaf = x.detach().clone().requires_grad_()
     w = torch.linspace(0.5, 2, x.shape[1]).requires_grad_()
     stats = evenly.moments(x, pattern)[:2] if given else None
