@@ -32,7 +32,6 @@ Runtime find_runtime() {
   r.max_threads = reinterpret_cast<IntFn>(dlsym(RTLD_DEFAULT, "omp_get_max_threads"));
   r.in_parallel = reinterpret_cast<IntFn>(dlsym(RTLD_DEFAULT, "omp_in_parallel"));
   r.thread_number = reinterpret_cast<IntFn>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
-  r.thread_number = reinterpret_cast<IntFn>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
   if (!r.parallel || !r.max_threads || !r.in_parallel || !r.thread_number) r = Runtime{};
   pthread_atfork(nullptr, nullptr, after_fork_in_child);
   return r;

@@ -8,10 +8,10 @@ template <class T>
 class Runs {
   using A = typename Tr<T>::A;
   static constexpr int64_t GROUP = 512;
-  static constexpr int64_t NEAR = 12288;   // bytes of the input of a batch
-  static constexpr int64_t FETCH = 65536; // bytes of a batch that is fetched ahead at most
-  static constexpr int64_t LONG = 1 << 25;
-  static constexpr int64_t CHUNK = 32;    // pieces in a table
+  static constexpr int64_t NEAR = 12288;    // bytes of the input of a batch
+  static constexpr int64_t FETCH = 65536;   // bytes of a batch that is fetched ahead at most
+  static constexpr int64_t LONG = 1 << 25;  // bytes of an input that no cache near a core holds
+  static constexpr int64_t CHUNK = 32;      // pieces in a table
   static_assert(CHUNK >= MANY, "a batch has one table");
 
  public:
@@ -506,9 +506,8 @@ class Runs {
 
   // From the sums of the pieces of the statistics k, ..., k + many - 1.
   void backs_of_sums(int64_t k, int64_t many, double* b, double* c) const {
-    double sum[2][MANY] = {};
-    if (p.given) {
-    } else if (joined || units == 1) {
+    double sum[2][MANY] = {};  // of no use where statistics are given
+    if (!p.given && (joined || units == 1)) {
       for (int64_t r = 0; r < in_stat; ++r) {
         const double* one = sums_g + r * K + k;
         const double* one_d = sums_gd + r * K + k;
@@ -523,13 +522,13 @@ class Runs {
       }
       if (steady && weight.at) {
         const int64_t i = index_of(run_of(k, 0), 0);
-        const bool neighbours = p.wsize > 1 && p.R1 == p.wdiv && i + many <= p.wsize && (p.R0 == 1 || k % p.K1 + many <= p.K1);
+        const bool together = p.wsize > 1 && p.R1 == p.wdiv && i + many <= p.wsize && (p.R0 == 1 || k % p.K1 + many <= p.K1);
         for (int64_t j = 0; j < many; ++j) {
-          const double w = weight.at[neighbours ? i + j : index_of(run_of(k + j, 0), 0)];
+          const double w = weight.at[together ? i + j : index_of(run_of(k + j, 0), 0)];
           sum[0][j] *= w, sum[1][j] *= w;
         }
       }
-    } else {
+    } else if (!p.given) {
       const bool one_each = units_seg == 1 && p.wsize > 1;
       for (int64_t j = 0; j < many; ++j)
         for (int64_t r0 = 0; r0 < p.R0; ++r0) {
