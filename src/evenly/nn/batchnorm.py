@@ -111,10 +111,8 @@ class BatchNorm(Norm):
         if not track_running_stats:
             self.running_mean = self.running_var = self.num_batches_tracked = None
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Normalize ``x`` of shape (N, C, ...); see :meth:`Norm.forward`."""
+    def _check_input(self, x: Tensor) -> None:
         check_axis(x, self.channel_dim, self.num_features, type(self).__name__)
-        return super().forward(x, residual, mask)
 
     def _check_batch(self, x: Tensor) -> None:
         values = product([size for axis, size in enumerate(x.shape) if axis != self.channel_dim % x.ndim])

@@ -77,10 +77,8 @@ class GroupNorm(Norm):
         self.num_channels = num_channels
         self.affine = affine
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Normalize ``x`` of shape (N, C, ...); see :meth:`Norm.forward`."""
+    def _check_input(self, x: Tensor) -> None:
         check_axis(x, 1, self.num_channels, type(self).__name__)
-        return super().forward(x, residual, mask)
 
     def extra_repr(self) -> str:
         activation = "" if self.activation is None else f", activation={self.activation!r}"

@@ -73,18 +73,12 @@ class _TrailingNorm(Norm):
         self.normalized_shape = shape
         self.elementwise_affine = elementwise_affine
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Normalize the trailing axes of ``x``; see :meth:`Norm.forward`."""
-        if mask is None:
-            done = self._quick(x, residual)
-            if done is not None:
-                return done
+    def _check_input(self, x: Tensor) -> None:
         if tuple(x.shape[-len(self.normalized_shape) :]) != self.normalized_shape:
             raise PatternError(
                 f"{type(self).__name__} expects the trailing shape {self.normalized_shape}, got an input of shape "
                 f"{tuple(x.shape)}."
             )
-        return super().forward(x, residual, mask)
 
     def extra_repr(self) -> str:
         activation = "" if self.activation is None else f", activation={self.activation!r}"

@@ -88,10 +88,8 @@ class MeanOnlyBatchNorm(Norm):
         self.num_features = num_features
         self.channel_dim = channel_dim
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Centre ``x`` of shape (N, C, ...); see :meth:`Norm.forward`."""
+    def _check_input(self, x: Tensor) -> None:
         check_axis(x, self.channel_dim, self.num_features, type(self).__name__)
-        return super().forward(x, residual, mask)
 
     def _check_batch(self, x: Tensor) -> None:
         if x.numel() == self.num_features and not self.sync:

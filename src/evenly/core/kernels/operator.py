@@ -35,8 +35,9 @@ __all__ = [
     "MEASURED",
     "SCALES",
     "Entry",
+    "again",
     "measure",
-    "quick",
+    "recall",
     "remember",
     "run",
     "run_compiled",
@@ -84,6 +85,7 @@ class Entry(ABC):
         "options",
         "order",
         "plan",
+        "ready",
         "shape",
         "signs",
         "spec",
@@ -134,6 +136,15 @@ class Entry(ABC):
         outputs = [axis for group in plan.resolved.outputs for axis in group]
         self.natural = outputs == sorted(outputs)
         self.spec = (self, MEASURED, False, None, None)
+        self.ready: Any = None  # a call without a line of Python in between, see prepare
+
+    def prepare(self, function: Callable[..., Any]) -> None:  # noqa: B027
+        """Make :attr:`ready`, if there is something shorter than :func:`quick`; ``function`` is for calls with gradient.
+
+        It takes x, weight, bias, residual, mean, var, momentum and a counter of calls, and returns None where the
+        call is not like the one that the entry was made for. Its ``backward`` takes the gradient of the output, what
+        was saved (x, weight, bias, statistics) and which gradients are needed; it may return None too.
+        """
 
     @abstractmethod
     def forward(
@@ -465,6 +476,8 @@ def remember(key: tuple[Any, ...], x: Tensor, plan: Plan, call: Call) -> None:
     if dense_order(x) is not None and supports(x, plan, call) and (first is None or call.affine is not None):
         entry = _entry(x, plan, call)
         assert entry is not None
+        if entry.ready is None:
+            entry.prepare(_function)
         if len(_quick) >= 8192:
             _quick.clear()
         if x.is_cpu:
@@ -473,80 +486,72 @@ def remember(key: tuple[Any, ...], x: Tensor, plan: Plan, call: Call) -> None:
             _quick[(key, x.stride(), x.device)] = entry
 
 
-def quick(
-    key: tuple[Any, ...],
+def recall(key: tuple[Any, ...], x: Tensor) -> Entry | None:
+    """The entry of a call like one that was remembered."""
+    if type(x) not in _PLAIN:
+        return None
+    try:
+        if x.is_cpu:
+            return _quick.get(key if x.is_contiguous() else (key, x.stride()))
+        return _quick.get((key, x.stride(), x.device)) if x.layout is torch.strided else None
+    except TypeError:  # symbolic sizes, or arguments that are about to be refused
+        return None
+
+
+def again(
+    entry: Entry,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
-    given: tuple[Tensor | None, Tensor | None] = MEASURED,
-    running: tuple[Tensor, Tensor, float] | None = None,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+    momentum: float | None = None,
+    tracked: Tensor | None = None,
 ) -> Tensor | None:
     """The output of a call like one that was remembered; None if it must take the long way.
 
     Args:
-        given: mean and variance to use, if the key says so.
-        running: running mean, running variance and momentum; moved towards what is measured.
+        mean, var: what to use, if the key says so; with a momentum running statistics, which move towards what is
+            measured.
+        tracked: a counter of such moves.
     """
-    if type(x) not in _PLAIN or x.is_neg():
-        return None
-    try:
-        if x.is_cpu:
-            entry = _quick.get(key if x.is_contiguous() else (key, x.stride()))
-        elif x.layout is torch.strided:
-            entry = _quick.get((key, x.stride(), x.device))
-        else:
-            return None
-    except TypeError:  # symbolic sizes, or arguments that are about to be refused
-        return None
-    if entry is None or not _ordinary():
+    if entry.ready is not None:
+        y = entry.ready(x, weight, bias, residual, mean, var, momentum, tracked)
+        if y is not None:
+            return y
+    if x.is_neg() or not _ordinary():
         return None
     if not (weight is None or _is_parameter(weight, entry)) or not (bias is None or _is_parameter(bias, entry)):
         return None
-    if residual is None:
-        if given is MEASURED and running is None:
-            if _grad_enabled() and (
-                x.requires_grad
-                or (weight is not None and weight.requires_grad)
-                or (bias is not None and bias.requires_grad)
-            ):
-                return _function(x, weight, bias, None, entry.spec)
-            return entry.forward(x, weight, bias, None)
-    elif (
+    if residual is not None and (
         residual.shape != entry.shape
         or residual.dtype != x.dtype
         or not (residual.is_cpu if entry.on_cpu else residual.device == entry.device)
         or type(residual) not in _PLAIN
     ):
         return None
-    if given is not MEASURED:
-        if not (_is_statistic(given[0], entry) and _is_statistic(given[1], entry)):
-            return None
-        if not _takes(entry, given[0], given[1]):
-            given = (given[0].to(entry.stats_dtype), given[1].to(entry.stats_dtype))  # type: ignore[union-attr]
-    if running is None:
-        return _apply(entry, x, weight, bias, residual, given, False, None)[0]
-    mean, var, momentum = running
-    if entry.plan.count < 2 or not (_is_statistic(mean, entry) and _is_statistic(var, entry)):
+    if mean is None and var is None:
+        return _apply(entry, x, weight, bias, residual)[0]
+    if mean is None or var is None or not (_is_statistic(mean, entry) and _is_statistic(var, entry)):
         return None
-    if _takes(entry, mean, var):
-        y = _apply(entry, x, weight, bias, residual, given, False, running)[0]
-        torch.autograd.graph.increment_version(mean)
-        torch.autograd.graph.increment_version(var)
-        return y
-    wide = (mean.to(entry.stats_dtype), var.to(entry.stats_dtype), momentum)
-    y = _apply(entry, x, weight, bias, residual, given, False, wide)[0]
-    mean.copy_(wide[0])
-    var.copy_(wide[1])
+    as_they_are = mean.dtype == var.dtype and (
+        mean.dtype == entry.stats_dtype or (entry.converts and mean.dtype in DTYPES)
+    )
+    stats = (mean, var) if as_they_are else (mean.to(entry.stats_dtype), var.to(entry.stats_dtype))
+    if momentum is None:
+        return _apply(entry, x, weight, bias, residual, stats)[0]
+    if entry.plan.count < 2:
+        return None
+    y = _apply(entry, x, weight, bias, residual, running=(*stats, momentum))[0]
+    if as_they_are:
+        torch.autograd.graph.increment_version(stats)
+    else:
+        mean.copy_(stats[0])
+        var.copy_(stats[1])
+    if tracked is not None:
+        tracked.add_(1)
     return y
-
-
-def _takes(entry: Entry, mean: Tensor | None, var: Tensor | None) -> bool:
-    """Whether statistics have a dtype that the kernels read and write."""
-    assert mean is not None and var is not None
-    if mean.dtype != var.dtype:
-        return False
-    return mean.dtype == entry.stats_dtype or (entry.converts and mean.dtype in DTYPES)
 
 
 def _is_parameter(parameter: Tensor, entry: Entry) -> bool:
@@ -560,10 +565,9 @@ def _is_parameter(parameter: Tensor, entry: Entry) -> bool:
     )
 
 
-def _is_statistic(stat: Tensor | None, entry: Entry) -> bool:
+def _is_statistic(stat: Tensor, entry: Entry) -> bool:
     return (
-        stat is not None
-        and stat.shape == entry.plan.out_shape
+        stat.shape == entry.plan.out_shape
         and stat.is_contiguous()
         and (stat.is_cpu if entry.on_cpu else stat.device == entry.device)
         and not stat.requires_grad
@@ -583,7 +587,7 @@ class _Normalize(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, spec: Any
     ) -> Any:
         entry, given, want_stats, running, mask = spec
-        ctx.spec = entry, given
+        ctx.spec = spec
         stats = torch.empty_like(entry.stats_like) if entry.keeps else None
         if residual is None and not want_stats and mask is None:
             # the usual call
@@ -618,6 +622,10 @@ class _Normalize(torch.autograd.Function):
         saved = ctx.saved_tensors
         needs = ctx.needs_input_grad
         entry: Entry = ctx.spec[0]
+        if entry.ready is not None and len(saved) == 4 and dmean is None and dvar is None:
+            gradients = entry.ready.backward(dy, *saved, needs)
+            if gradients is not None:
+                return gradients
         x, weight, bias, stats = saved[:4]
         residual, bits, mask = saved[4:] if len(saved) > 4 else (None, None, None)
         if _grad_enabled() or not _ordinary():
@@ -673,7 +681,7 @@ def _differentiable(
     dvar: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """The gradients by PyTorch operators, so that they have derivatives themselves."""
-    entry, given = ctx.spec
+    entry, given = ctx.spec[:2]
     x, _, _, residual = saved
     assert x is not None
     options = dict(entry.options)

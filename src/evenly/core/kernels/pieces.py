@@ -52,8 +52,6 @@ __all__ = [
     "sums_of_squares",
 ]
 
-_NO_MEMORY = "The CPU kernels could not allocate their working memory."
-
 
 def statistic_dtype(x: Tensor) -> torch.dtype:
     """The dtype of the numbers of a statistic."""
@@ -82,7 +80,7 @@ def sums_of_squares(x: Tensor, kept: Sequence[int]) -> Tensor:
         v = x.to(accumulate_dtype(x.dtype))
         return _sum(v * v, kept).to(statistic_dtype(x))
     total = _empty(x, kept)
-    _checked(_kernels().sums(DTYPES[x.dtype], *sizes, x.data_ptr(), 0, 0, total.data_ptr(), 0))
+    _kernels().sums(DTYPES[x.dtype], *sizes, x, None, None, total, None)
     return total
 
 
@@ -103,11 +101,7 @@ def sums_of_pairs(g: Tensor, x: Tensor, kept: Sequence[int], mean: Tensor | None
     g = _laid_like(g, x)
     first, second = _empty(x, kept), _empty(x, kept)
     mean = _numbers(mean)
-    _checked(
-        _kernels().sums(
-            DTYPES[x.dtype], *sizes, x.data_ptr(), g.data_ptr(), _at(mean), first.data_ptr(), second.data_ptr()
-        )
-    )
+    _kernels().sums(DTYPES[x.dtype], *sizes, x, g, mean, first, second)
     return first, second
 
 
@@ -126,10 +120,10 @@ def row_products(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     lengths = [x.shape[0] for _, x in pairs]
     total = sum(lengths)
     out = torch.empty(3, total, dtype=torch.float64)
-    at, products = out.data_ptr(), _kernels().products
+    first = 0
     for (g, x), rows in zip(pairs, lengths, strict=True):
-        products(DTYPES[x.dtype], rows, x.numel() // rows, g.data_ptr(), x.data_ptr(), at, total)
-        at += 8 * rows
+        _kernels().products(DTYPES[x.dtype], rows, x.numel() // rows, g, x, out, first, total)
+        first += rows
     return out
 
 
@@ -162,7 +156,7 @@ def advance_rows(x: Tensor, g: Tensor, gain: float, slope: Tensor) -> None:
         x.add_(g * gain + x * wide)
         return
     slope = slope.contiguous()
-    _kernels().advance(DTYPES[x.dtype], rows, x.numel() // rows, g.data_ptr(), gain, slope.data_ptr(), x.data_ptr())
+    _kernels().advance(DTYPES[x.dtype], rows, x.numel() // rows, g, gain, slope, x)
 
 
 # ---- maps -----------------------------------------------------------------------------------------------------------
@@ -228,18 +222,16 @@ def clip(
         grad = _laid_like(grad, x)
     mean, shift, factor = _numbers(mean), _numbers(shift), _numbers(slope)
     out = torch.empty_like(x)
-    _checked(
-        _kernels().clip(
-            DTYPES[x.dtype],
-            *sizes,
-            x.data_ptr(),
-            _at(grad),
-            _at(mean),
-            _at(factor),
-            _at(shift),
-            limit,
-            out.data_ptr(),
-        )
+    _kernels().clip(
+        DTYPES[x.dtype],
+        *sizes,
+        x,
+        grad,
+        mean,
+        factor,
+        shift,
+        limit,
+        out,
     )
     return out
 
@@ -274,11 +266,7 @@ def _mapped(
     gain, mean, shift = _numbers(gain), _numbers(mean), _numbers(shift)
     factor = _numbers(slope)
     y = torch.empty_like(x)
-    _checked(
-        _kernels().combine(
-            DTYPES[x.dtype], *sizes, x.data_ptr(), _at(g), _at(gain), _at(mean), _at(factor), _at(shift), y.data_ptr()
-        )
-    )
+    _kernels().combine(DTYPES[x.dtype], *sizes, x, g, gain, mean, factor, shift, y)
     return y
 
 
@@ -308,17 +296,15 @@ def scan(a: Tensor | float, v: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     v, start = v.contiguous(), start.to(v.dtype).contiguous()
     factors = a.to(v.dtype).contiguous() if isinstance(a, Tensor) else None
     before, last = torch.empty_like(v), torch.empty_like(start)
-    _checked(
-        _kernels().scan(
-            DTYPES[v.dtype],
-            *v.shape,
-            _at(factors),
-            0.0 if isinstance(a, Tensor) else a,
-            v.data_ptr(),
-            start.data_ptr(),
-            before.data_ptr(),
-            last.data_ptr(),
-        )
+    _kernels().scan(
+        DTYPES[v.dtype],
+        *v.shape,
+        factors,
+        0.0 if isinstance(a, Tensor) else a,
+        v,
+        start,
+        before,
+        last,
     )
     return before, last
 
@@ -415,26 +401,24 @@ class Power(NamedTuple):
         x = x.contiguous()
         channels = x.shape[-1]
         y, kept = torch.empty_like(x), torch.empty(2, channels, dtype=torch.float64)
-        _checked(
-            _kernels().power_forward(
-                DTYPES[x.dtype],
-                DTYPES[self.running.dtype],
-                x.numel() // channels,
-                channels,
-                self.group,
-                self.eps,
-                self.exact,
-                x.data_ptr(),
-                y.data_ptr(),
-                _at(weight),
-                kept.data_ptr(),
-                _at(bias),
-                0 if again else self.running.data_ptr(),
-                _at(self.before),
-                self.steps.data_ptr(),
-                self.warmup,
-                self.decays[0],
-            )
+        _kernels().power_forward(
+            DTYPES[x.dtype],
+            DTYPES[self.running.dtype],
+            x.numel() // channels,
+            channels,
+            self.group,
+            self.eps,
+            self.exact,
+            x,
+            y,
+            weight,
+            kept,
+            bias,
+            None if again else self.running,
+            self.before,
+            self.steps,
+            self.warmup,
+            self.decays[0],
         )
         return y, kept
 
@@ -448,26 +432,24 @@ class Power(NamedTuple):
         dx = torch.empty_like(x) if wanted else None
         dweight = None if weight is None else torch.empty_like(weight)
         dbias = torch.empty_like(self.running) if bias else None
-        _checked(
-            _kernels().power_backward(
-                DTYPES[x.dtype],
-                DTYPES[self.running.dtype],
-                x.numel() // channels,
-                channels,
-                self.group,
-                self.eps,
-                self.exact,
-                x.data_ptr(),
-                _at(dx),
-                _at(weight),
-                kept.data_ptr(),
-                grad.data_ptr(),
-                _at(self.state),
-                1 - self.decays[1],
-                self.batch,
-                _at(dweight),
-                _at(dbias),
-            )
+        _kernels().power_backward(
+            DTYPES[x.dtype],
+            DTYPES[self.running.dtype],
+            x.numel() // channels,
+            channels,
+            self.group,
+            self.eps,
+            self.exact,
+            x,
+            dx,
+            weight,
+            kept,
+            grad,
+            self.state,
+            1 - self.decays[1],
+            self.batch,
+            dweight,
+            dbias,
         )
         return dx, dweight, dbias
 
@@ -506,28 +488,26 @@ class Online(NamedTuple):
     def _settings(self) -> tuple[int, float, float, float, float]:
         return self.group, *self.decays, self.eps, self.guard_eps
 
-    def _statistics(self, again: bool) -> tuple[int, int, int, int]:
-        moved = (0, 0) if again else (self.mean.data_ptr(), self.var.data_ptr())
-        return *moved, self.mean_before.data_ptr(), self.var_before.data_ptr()
+    def _statistics(self, again: bool) -> tuple[Tensor | None, ...]:
+        moved = (None, None) if again else (self.mean, self.var)
+        return *moved, self.mean_before, self.var_before
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, *, again: bool) -> tuple[Tensor, Tensor]:
         """The output, and what the backward pass needs; ``again``: a pass is recomputed, and moves nothing."""
         x = x.contiguous()
         y, kept = torch.empty_like(x), torch.empty(2, x.shape[1], dtype=torch.float64)
-        _checked(
-            _kernels().online_forward(
-                DTYPES[x.dtype],
-                DTYPES[self.mean.dtype],
-                *x.shape,
-                *self._settings(),
-                self.limit,
-                x.data_ptr(),
-                y.data_ptr(),
-                _at(weight),
-                _at(bias),
-                kept.data_ptr(),
-                *self._statistics(again),
-            )
+        _kernels().online_forward(
+            DTYPES[x.dtype],
+            DTYPES[self.mean.dtype],
+            *x.shape,
+            *self._settings(),
+            self.limit,
+            x,
+            y,
+            weight,
+            bias,
+            kept,
+            *self._statistics(again),
         )
         return y, kept
 
@@ -540,24 +520,22 @@ class Online(NamedTuple):
         dx = torch.empty_like(x) if wanted else None
         dweight = None if weight is None else torch.empty_like(weight)
         dbias = None if bias is None else torch.empty_like(bias)
-        _checked(
-            _kernels().online_backward(
-                DTYPES[x.dtype],
-                DTYPES[self.mean.dtype],
-                *x.shape,
-                *self._settings(),
-                self.limit,
-                x.data_ptr(),
-                _at(dx),
-                _at(weight),
-                _at(bias),
-                kept.data_ptr(),
-                grad.data_ptr(),
-                self.u.data_ptr(),
-                self.v.data_ptr(),
-                _at(dweight),
-                _at(dbias),
-            )
+        _kernels().online_backward(
+            DTYPES[x.dtype],
+            DTYPES[self.mean.dtype],
+            *x.shape,
+            *self._settings(),
+            self.limit,
+            x,
+            dx,
+            weight,
+            bias,
+            kept,
+            grad,
+            self.u,
+            self.v,
+            dweight,
+            dbias,
         )
         return dx, dweight, dbias
 
@@ -580,22 +558,20 @@ class Online(NamedTuple):
             kept: what the forward pass returned: go through it again, in the backward pass.
         """
         out = m.new_empty(5, *m.shape)
-        statistics = self._statistics(again) if kept is None else (0, 0, 0, 0)
+        statistics = self._statistics(again) if kept is None else (None, None, None, None)
         kept = m.new_empty(2, m.shape[1]) if kept is None else kept
-        _checked(
-            _kernels().online_numbers(
-                DTYPES[self.mean.dtype],
-                *m.shape,
-                1,
-                *self._settings(),
-                m.data_ptr(),
-                s.data_ptr(),
-                _at(weight),
-                _at(bias),
-                out.data_ptr(),
-                kept.data_ptr(),
-                *statistics,
-            )
+        _kernels().online_numbers(
+            DTYPES[self.mean.dtype],
+            *m.shape,
+            1,
+            *self._settings(),
+            m,
+            s,
+            weight,
+            bias,
+            out,
+            kept,
+            *statistics,
         )
         return out, kept
 
@@ -616,24 +592,22 @@ class Online(NamedTuple):
         """
         dweight = None if weight is None else torch.empty_like(weight)
         dbias = None if bias is None else torch.empty_like(bias)
-        _checked(
-            _kernels().online_control(
-                DTYPES[self.mean.dtype],
-                *m.shape,
-                positions,
-                *self._settings(),
-                m.data_ptr(),
-                s.data_ptr(),
-                _at(weight),
-                _at(bias),
-                numbers.data_ptr(),
-                total_g.data_ptr(),
-                total_gd.data_ptr(),
-                self.u.data_ptr(),
-                self.v.data_ptr(),
-                _at(dweight),
-                _at(dbias),
-            )
+        _kernels().online_control(
+            DTYPES[self.mean.dtype],
+            *m.shape,
+            positions,
+            *self._settings(),
+            m,
+            s,
+            weight,
+            bias,
+            numbers,
+            total_g,
+            total_gd,
+            self.u,
+            self.v,
+            dweight,
+            dbias,
         )
         return dweight, dbias
 
@@ -643,15 +617,6 @@ class Online(NamedTuple):
 
 def _kernels() -> Any:
     return cpu.extension()
-
-
-def _checked(status: int) -> None:
-    if status:
-        raise MemoryError(_NO_MEMORY)
-
-
-def _at(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""Launching the CPU kernels: raw pointers, sizes and strides cross the border to C++."""
+"""Launching the CPU kernels: memory, sizes and a few choices cross the border to C++."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from evenly.core.patterns import Plan
 __all__ = ["CpuEntry", "load"]
 
 _SMALL = 1 << 15
-_NO_MEMORY = "The CPU kernels could not allocate their working memory."
 
 
 class CpuEntry(Entry):
@@ -63,6 +63,17 @@ class CpuEntry(Entry):
         # A small input is in the cache: to measure it again costs less than a tensor of statistics.
         self.keeps = given or signs or mask is not None or math.prod(self.shape) > _SMALL
 
+    def prepare(self, function: Callable[..., Any]) -> None:
+        """Make :attr:`ready`, if PyTorch has the interface that it needs."""
+        module = cpu.extension()
+        assert module is not None
+        if module.looks():
+            plan = self.plan
+            stat_shape = plan.out_shape if self.natural else None
+            self.ready = module.Ready(
+                self.layout, tuple(plan.shape), self.order, self.weight_shape, stat_shape, function, self.spec
+            )
+
     def forward(
         self,
         x: Tensor,
@@ -79,27 +90,27 @@ class CpuEntry(Entry):
         """The output; ``stats``, ``bits`` and ``moments`` are filled, ``running`` moves towards what was measured."""
         y = torch.empty_like(x)
         mean, var = given
-        one = running[0] if running is not None else var if var is not None else mean
+        mean_out, var_out = moments or MEASURED
+        running_mean, running_var, momentum = running or (None, None, 0.0)
+        one = running_mean if running is not None else var if var is not None else mean
         layout = self.layout if mask is None else self._masked(mask)
-        status = layout.forward(
-            x.data_ptr(),
-            y.data_ptr(),
-            0 if stats is None else stats.data_ptr(),
-            0 if weight is None else weight.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            0 if residual is None else residual.data_ptr(),
-            0 if bits is None else bits.data_ptr(),
-            0 if mean is None else mean.data_ptr(),
-            0 if var is None else var.data_ptr(),
-            0 if moments is None else moments[0].data_ptr(),
-            0 if moments is None else moments[1].data_ptr(),
-            0 if running is None else running[0].data_ptr(),
-            0 if running is None else running[1].data_ptr(),
-            0.0 if running is None else running[2],
+        layout.forward(
+            x,
+            y,
+            stats,
+            weight,
+            bias,
+            residual,
+            bits,
+            mean,
+            var,
+            mean_out,
+            var_out,
+            running_mean,
+            running_var,
+            momentum,
             0 if one is None else DTYPES[one.dtype],
         )
-        if status:
-            raise MemoryError(_NO_MEMORY)
         return y
 
     def again(
@@ -116,23 +127,13 @@ class CpuEntry(Entry):
             return super().again(given, x, weight, bias, residual, stats)
         residual = None if residual is None else self.like(residual, x)
         y = torch.empty_like(x)
-        status = self.layout.again(
-            x.data_ptr(),
-            y.data_ptr(),
-            stats.data_ptr(),
-            0 if weight is None else weight.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            0 if residual is None else residual.data_ptr(),
-        )
-        if status:
-            raise MemoryError(_NO_MEMORY)
+        self.layout.again(x, y, stats, weight, bias, residual)
         return y
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance, flat."""
         mean, var = self.empty_moments()
-        if self.layout.forward(x.data_ptr(), 0, 0, 0, 0, 0, 0, 0, 0, mean.data_ptr(), var.data_ptr(), 0, 0, 0.0, 0):
-            raise MemoryError(_NO_MEMORY)
+        self.layout.forward(x, *[None] * 8, mean, var, None, None, 0.0, 0)
         return mean, var
 
     def backward(
@@ -158,28 +159,26 @@ class CpuEntry(Entry):
             # without an activation the gradient passes unchanged
             dresidual = dy if self.activation is None and mask is None else torch.empty_like(x)
         layout = self.layout if mask is None else self._masked(mask)
-        status = layout.backward(
-            dy.data_ptr(),
-            x.data_ptr(),
-            0 if stats is None else stats.data_ptr(),
-            0 if weight is None else weight.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            0 if residual is None else residual.data_ptr(),
-            0 if bits is None else bits.data_ptr(),
-            0 if dx is None else dx.data_ptr(),
-            0 if dweight is None else dweight.data_ptr(),
-            0 if dbias is None else dbias.data_ptr(),
-            0 if dresidual is None or dresidual is dy else dresidual.data_ptr(),
-            0 if dmean is None else dmean.data_ptr(),
-            0 if dvar is None else dvar.data_ptr(),
+        layout.backward(
+            dy,
+            x,
+            stats,
+            weight,
+            bias,
+            residual,
+            bits,
+            dx,
+            dweight,
+            dbias,
+            None if dresidual is dy else dresidual,
+            dmean,
+            dvar,
         )
-        if status:
-            raise MemoryError(_NO_MEMORY)
         return dx, dweight, dbias, dresidual
 
     def _masked(self, mask: Tensor) -> Any:
         assert self.mask is not None
-        return self.layout.masked(mask.data_ptr(), *self.mask)
+        return self.layout.masked(mask, *self.mask)
 
     def positive(self, bits: Tensor, x: Tensor) -> Tensor:
         """The sign bits as a boolean tensor of the shape of ``x``."""
