@@ -166,8 +166,8 @@ def normalize(
     """
     key: tuple[Any, ...] | None = None
     if by is None and mask is None and not torch.compiler.is_compiling():
-        given = stats is not None
-        key = quick_key(x, pattern, center, scale, eps, correction, affine, activation, residual, given, sizes)
+        measured = stats is None
+        key = quick_key(x, pattern, center, scale, eps, correction, affine, activation, residual, measured, sizes)
         entry = None if return_stats else operator.recall(key, x)
         if entry is not None:
             mean, var = operator.MEASURED if stats is None else stats[:2]
@@ -284,7 +284,7 @@ def quick_key(
     affine: str | None,
     activation: str | None,
     residual: Tensor | None,
-    given: bool,
+    measured: bool,
     sizes: dict[str, int],
 ) -> tuple[Any, ...]:
     """What tells one remembered call from another."""
@@ -299,7 +299,7 @@ def quick_key(
         affine,
         activation,
         residual is None,
-        given,
+        measured,
         *sizes.items(),
     )
 

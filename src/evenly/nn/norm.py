@@ -218,14 +218,14 @@ class Norm(nn.Module):
                 return None  # recomputed inside a backward pass: it was counted already
             else:
                 momentum, tracked = self.momentum, buffers.get("num_batches_tracked")
-        given = mean is not None and momentum is None
-        options = (pattern, self.center, self.scale, self._eps(x), self.axes, self.activation, given, self.sizes)
+        measured = mean is None or momentum is not None
+        options = (pattern, self.center, self.scale, self._eps(x), self.axes, self.activation, measured, self.sizes)
         remembered, ready = self._ready
         if remembered == options:
             y = ready(x, weight, bias, residual, mean, var, momentum, tracked)
             if y is not None:
                 return y
-        key = quick_key(x, *options[:4], 0, *options[4:6], residual, given, self.sizes)
+        key = quick_key(x, *options[:4], 0, *options[4:6], residual, measured, self.sizes)
         entry = operator.recall(key, x)
         if entry is None:
             return None

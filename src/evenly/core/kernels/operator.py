@@ -139,7 +139,7 @@ class Entry(ABC):
         self.ready: Any = None  # a call without a line of Python in between, see prepare
 
     def prepare(self, function: Callable[..., Any]) -> None:  # noqa: B027
-        """Make :attr:`ready`, if there is something shorter than :func:`quick`; ``function`` is for calls with gradient.
+        """Make :attr:`ready`, where calls have a shorter way; ``function`` is for those with gradient.
 
         It takes x, weight, bias, residual, mean, var, momentum and a counter of calls, and returns None where the
         call is not like the one that the entry was made for. Its ``backward`` takes the gradient of the output, what
