@@ -35,7 +35,10 @@ __all__ = [
     "MEASURED",
     "SCALES",
     "Entry",
+    "Normalize",
     "again",
+    "announced",
+    "applied",
     "measure",
     "recall",
     "remember",
@@ -142,8 +145,7 @@ class Entry(ABC):
         """Make :attr:`ready`, where calls have a shorter way; ``function`` is for those with gradient.
 
         It takes x, weight, bias, residual, mean, var, momentum and a counter of calls, and returns None where the
-        call is not like the one that the entry was made for. Its ``backward`` takes the gradient of the output, what
-        was saved (x, weight, bias, statistics) and which gradients are needed; it may return None too.
+        call is not like the one that the entry was made for.
         """
 
     @abstractmethod
@@ -579,7 +581,7 @@ def _is_statistic(stat: Tensor, entry: Entry) -> bool:
 # ---- derivatives ----------------------------------------------------------------------------------------------------
 
 
-class _Normalize(torch.autograd.Function):
+class Normalize(torch.autograd.Function):
     """Kernels forward and backward; the derivative of the backward is PyTorch's."""
 
     @staticmethod
@@ -622,10 +624,6 @@ class _Normalize(torch.autograd.Function):
         saved = ctx.saved_tensors
         needs = ctx.needs_input_grad
         entry: Entry = ctx.spec[0]
-        if entry.ready is not None and len(saved) == 4 and dmean is None and dvar is None:
-            gradients = entry.ready.backward(dy, *saved, needs)
-            if gradients is not None:
-                return gradients
         x, weight, bias, stats = saved[:4]
         residual, bits, mask = saved[4:] if len(saved) > 4 else (None, None, None)
         if _grad_enabled() or not _ordinary():
@@ -661,13 +659,24 @@ def _announce(
     recompute.announce(y, partial(entry.again, given), (x, weight, bias, residual, stats), spare)
 
 
-def _apply_function() -> Any:
-    # The public apply first asks whether a transform of torch.func is active, and binds arguments to defaults. The
-    # callers here have asked; without it a call is a quarter cheaper.
-    return super(torch.autograd.Function, _Normalize).apply
+def announced(ctx: Any, y: Tensor) -> None:
+    """What :class:`Normalize` does after an ordinary forward pass, for one that was made elsewhere."""
+    if recompute.watching():
+        entry, given = ctx.spec[:2]
+        x, weight, bias, stats = ctx.to_save
+        _announce(entry, given, y, x, weight, bias, None, stats)
 
 
-_function = _apply_function()
+def applied(kind: Any) -> Callable[..., Any]:
+    """What applies an autograd function.
+
+    The public ``apply`` first asks whether a transform of torch.func is active, and binds arguments to defaults. The
+    callers here have asked; without it a call is a quarter cheaper.
+    """
+    return super(torch.autograd.Function, kind).apply
+
+
+_function = applied(Normalize)
 
 
 def _differentiable(

@@ -30,10 +30,10 @@ class Cols {
     if (!parameters()) return NO_MEMORY;
     raw = is_raw(p);
     const bool measure = !p.given && !p.ready, affects = p.y != nullptr;
-    const int64_t threads = total < PARALLEL ? 1 : thread_count();
+    const int64_t threads = few() ? 1 : thread_count();
     std::atomic<int> status{OK};
-    if (threads == 1 || p.K0 >= 4 * threads) {
-      const int64_t group = total < PARALLEL ? p.K0 : max_of(1, min_of(TASK / max_of(size, 1), p.K0 / (4 * threads)));
+    if (alone(threads)) {
+      const int64_t group = group_of(threads);
       parallel(ceil_div(p.K0, group), [&](int64_t task) {
         Buffer<double> column, part;
         Buffer<A> work, c;
@@ -88,12 +88,12 @@ class Cols {
     kind = kind_of(p);
     const bool wants_parameters = p.wsize > 0 && (p.dweight || p.dbias);
     const bool sums_needed = wants_parameters || !p.given;
-    const int64_t threads = total < PARALLEL ? 1 : thread_count();
+    const int64_t threads = few() ? 1 : thread_count();
     std::atomic<int> status{OK};
     Buffer<double> sums;  // [K0][2][P]
     if (!sums.zeros(2 * P * p.K0)) return NO_MEMORY;
-    if (threads == 1 || p.K0 >= 4 * threads) {
-      const int64_t group = total < PARALLEL ? p.K0 : max_of(1, min_of(TASK / max_of(size, 1), p.K0 / (4 * threads)));
+    if (alone(threads)) {
+      const int64_t group = group_of(threads);
       parallel(ceil_div(p.K0, group), [&](int64_t task) {
         Buffer<double> part;
         Buffer<A> work, c, e;
@@ -191,16 +191,26 @@ class Cols {
   bool raw = false;
   Parameters<A> weight, bias;
 
-  Buffer<A> of_column;  // weight and bias of each of L columns
+  const A *column_weight = nullptr, *column_bias = nullptr;  // of each of L columns
+  Buffer<A> own_weight, own_bias;
 
   bool parameters() {
-    if (!weight.set(p.weight, p.wdtype, p.wsize, 1) || !bias.set(p.bias, p.wdtype, p.wsize, 1)) return false;
-    if (!of_column.allocate(2 * L)) return false;
-    for (int64_t j = 0; j < L; ++j) {
-      const int64_t i = p.wsize == L ? j : index_of(j);
-      of_column.data[j] = weight.at ? weight.at[i] : A(1);
-      of_column.data[L + j] = bias.at ? bias.at[i] : A(0);
+    return weight.set(p.weight, p.wdtype, p.wsize, 1) && bias.set(p.bias, p.wdtype, p.wsize, 1) &&
+           by_column(weight.at, 1, own_weight, column_weight) && by_column(bias.at, 0, own_bias, column_bias);
+  }
+  bool by_column(const A* from, A missing, Buffer<A>& own, const A*& to) const {
+    if (from && p.wsize == L) {
+      to = from;
+      return true;
     }
+    if (!own.allocate(L)) return false;
+    if (!from || p.wsize <= 1) {
+      const A value = from ? from[0] : missing;
+      for (int64_t j = 0; j < L; ++j) own.data[j] = value;
+    } else {
+      for (int64_t j = 0; j < L; ++j) own.data[j] = from[index_of(j)];
+    }
+    to = own.data;
     return true;
   }
   int64_t index_of(int64_t j) const { return p.wsize <= 1 ? 0 : (j / p.wdiv) % p.wsize; }
@@ -208,6 +218,14 @@ class Cols {
   int64_t first_block(int64_t part) const { return part * blocks / parts; }
   double rows_of(int64_t part) const {
     return static_cast<double>(min_of(rows, first_block(part + 1) * block) - first_block(part) * block);
+  }
+
+  // Too few values for several threads, whose columns one of them prepares.
+  bool few() const { return total < PARALLEL + (p.K0 == 1 ? 64 * P : 0); }
+  // Whether a thread does all of a k0, and how many a task has.
+  bool alone(int64_t threads) const { return threads == 1 || p.K0 >= 4 * threads || p.K0 % threads == 0; }
+  int64_t group_of(int64_t threads) const {
+    return total < PARALLEL ? p.K0 : max_of(1, min_of(TASK / max_of(size, 1), p.K0 / (4 * threads)));
   }
 
   template <class F>
@@ -413,8 +431,8 @@ class Cols {
   // ---- y = (x - m)*w + b by column: c = m, w, b
 
   void expand(int64_t k0, A* __restrict c) const {
-    const A* __restrict w = of_column.data;
-    const A* __restrict b = of_column.data + L;
+    const A* __restrict w = column_weight;
+    const A* __restrict b = column_bias;
     const A* __restrict s = static_cast<const A*>(p.stats) + k0 * p.K1;
     const bool lift = !p.center && p.scale == SCALE_STD && !p.given;
     auto column = [&](int64_t j, int64_t k1) __attribute__((always_inline)) {
@@ -543,7 +561,7 @@ class Cols {
 
   // e = r, r*w, b, c by column
   void expand_back(int64_t k0, const double* __restrict sums, A* __restrict e) const {
-    const A* __restrict w = of_column.data;
+    const A* __restrict w = column_weight;
     const A* __restrict r = static_cast<const A*>(p.stats) + K + k0 * p.K1;
     for (int64_t first = 0; first < p.K1; first += MANY) {
       const int64_t many = min_of(MANY, p.K1 - first);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,17 @@ from torch import Tensor
 
 from evenly.core.kernels import cpu
 from evenly.core.kernels.lowering import Block
-from evenly.core.kernels.operator import ACTIVATIONS, DTYPES, MEASURED, SCALES, Entry, Unsupported
+from evenly.core.kernels.operator import (
+    ACTIVATIONS,
+    DTYPES,
+    MEASURED,
+    SCALES,
+    Entry,
+    Normalize,
+    Unsupported,
+    announced,
+    applied,
+)
 from evenly.core.patterns import Plan
 
 __all__ = ["CpuEntry", "load"]
@@ -68,10 +79,16 @@ class CpuEntry(Entry):
         module = cpu.extension()
         assert module is not None
         if module.looks():
-            plan = self.plan
-            stat_shape = plan.out_shape if self.natural else None
             self.ready = module.Ready(
-                self.layout, tuple(plan.shape), self.order, self.weight_shape, stat_shape, function, self.spec
+                self.layout,
+                tuple(self.shape),
+                self.order,
+                self.weight_shape,
+                self.plan.out_shape if self.natural else None,
+                self.stats_like if self.keeps else None,
+                function,
+                _repeated(),
+                self.spec,
             )
 
     def forward(
@@ -189,6 +206,17 @@ class CpuEntry(Entry):
         flat = each.flatten(1)[:, :row].reshape(k0, -1)[:, : r0 * k1 * r1].bool()
         laid = flat.reshape([x.shape[axis] for axis in self.order])
         return laid.permute([self.order.index(axis) for axis in range(x.ndim)])
+
+
+@functools.cache
+def _repeated() -> Callable[..., Tensor]:
+    """As the autograd function of all calls, for those that are repeated: both passes stay in C++."""
+    module = cpu.extension()
+    assert module is not None
+    forward, apply = module.passes(Normalize.backward, announced)
+    kind: Any = type("Normalize", (Normalize,), {"forward": staticmethod(forward)})
+    kind._backward_cls.apply = apply  # PyTorch's own asks first which of two functions is the backward pass
+    return applied(kind)
 
 
 def load() -> type[Entry] | None:

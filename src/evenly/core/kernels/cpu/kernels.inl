@@ -213,8 +213,26 @@ void moments_many(const T* p, int64_t many, int64_t apart, int64_t nr, int64_t s
   bool lonely[MANY];
   for (int64_t j = 0; j < many; ++j) pivot[j] = raw ? A(0) : pivot_of(p + j * apart, nr, stride, len);
   for (int64_t j = 0; j < many; ++j) lonely[j] = deviations(p + j * apart, nr, stride, len, pivot[j], mean[j], m2[j]);
-  for (int64_t j = 0; j < many; ++j)
-    moments_from(p + j * apart, nr, stride, len, raw, pivot[j], mean[j], m2[j], lonely[j], mean[j], m2[j]);
+  // What is usual is computed in vectors.
+  const double n = static_cast<double>(nr * len), inverse = 1 / n;
+  int odd = 0;
+  for (int64_t j = 0; j < many; ++j) {
+    const int far = !raw & (mean[j] * mean[j] > 0.25 * n * m2[j]);
+    const int extreme = sizeof(A) == 4 ? !(m2[j] < 1e38) | (m2[j] < 1e-25) : !(m2[j] < HUGE_VAL);
+    odd |= lonely[j] | far | extreme;
+  }
+  if (odd) {
+    for (int64_t j = 0; j < many; ++j)
+      moments_from(p + j * apart, nr, stride, len, raw, pivot[j], mean[j], m2[j], lonely[j], mean[j], m2[j]);
+  } else if (raw) {
+    for (int64_t j = 0; j < many; ++j) mean[j] = 0;
+  } else {
+    for (int64_t j = 0; j < many; ++j) {
+      const double s = mean[j], about = m2[j] - s * (s * inverse);
+      mean[j] = static_cast<double>(pivot[j]) + s * inverse;
+      m2[j] = about > 0 ? about : 0;
+    }
+  }
 }
 
 // ---- geometry -------------------------------------------------------------------------------------------------
@@ -394,7 +412,7 @@ inline void finish_many(const Problem& p, int64_t k, int64_t many, double n, con
   switch (p.scale) {
     case SCALE_STD:
     case SCALE_RMS:
-      for (int64_t j = 0; j < many; ++j) r[j] = 1 / std::sqrt(var[j] + p.eps);
+      inverse_roots<A>(var, p.eps, r, many);
       break;
     case SCALE_L2:
       for (int64_t j = 0; j < many; ++j) {
@@ -453,7 +471,13 @@ inline bool use_given(const Problem& p) {
   if (p.scale == SCALE_NONE)
     for (int64_t k = 0; k < K; ++k) s[K + k] = 1;
   else
-    for (int64_t k = 0; k < K; ++k) s[K + k] = static_cast<A>(1 / std::sqrt(static_cast<double>(var[k]) + p.eps));
+    for (int64_t k = 0; k < K; k += MANY) {
+      const int64_t many = min_of(MANY, K - k);
+      double wide[MANY], r[MANY];
+      for (int64_t j = 0; j < many; ++j) wide[j] = var[k + j];
+      inverse_roots<A>(wide, p.eps, r, many);
+      for (int64_t j = 0; j < many; ++j) s[K + k + j] = static_cast<A>(r[j]);
+    }
   for (int64_t k = 0; k < K; ++k) s[2 * K + k] = 0;
   return true;
 }
@@ -534,8 +558,8 @@ struct Coefficients {  // of the value before the activation: SCALAR (x-m)*a+b; 
   const A* bv;
 };
 
-template <int MODE, class T>
-EVENLY_INLINE typename Tr<T>::V before(typename Tr<T>::V x, const Coefficients<T>& k, int64_t i, int left) {
+template <int MODE, class T, class K>
+EVENLY_INLINE typename Tr<T>::V before(typename Tr<T>::V x, const K& k, int64_t i, int left) {
   if constexpr (MODE == SCALAR) return (x - k.m) * k.a + k.b;
   if constexpr (MODE == VECTOR) return ((x - k.m) * k.a + k.b) * take(k.wv + i, left) + take(k.bv + i, left);
   if constexpr (MODE == COLUMN) return (x - take(k.mv + i, left)) * take(k.wv + i, left) + take(k.bv + i, left);
@@ -555,7 +579,50 @@ struct Series {
   EVENLY_INLINE void set(Coefficients<T>& k, int64_t i) const {
     if (m) k.m = m[i], k.a = a[i], k.b = b[i];
   }
+  // Pieces without a gap between them, too short for what happens at their ends not to matter.
+  EVENLY_INLINE bool flows(int64_t n) const { return m && many > 1 && stride == n && n % (2 * Tr<T>::W) != 0 && n >= Tr<T>::W && n <= 1024; }
 };
+
+// The coefficients of each lane of a vector, where pieces follow each other without a gap.
+template <class T>
+struct Lanes {
+  using A = typename Tr<T>::A;
+  using V = typename Tr<T>::V;
+  V m, a, b;
+
+  static EVENLY_INLINE Lanes at(const Series<T>& s, int64_t j) { return {splat(s.m[j]), splat(s.a[j]), splat(s.b[j])}; }
+  template <class M>
+  static EVENLY_INLINE Lanes joined(M first, const Lanes& k, const Lanes& next) {
+    return {choose(first, k.m, next.m), choose(first, k.a, next.a), choose(first, k.b, next.b)};
+  }
+};
+
+// One pass over such pieces as one stream: two(i, k) takes two vectors that lie in one piece, one(i, left, k) what may
+// lie in two. Vectors begin where those of the output do, so that none is spread over two lines of the cache.
+template <class T, class K, class At, class Two, class One>
+EVENLY_INLINE void over_stream(const T* out, int64_t n, int64_t many, const At& at, const Two& two, const One& one) {
+  using A = typename Tr<T>::A;
+  constexpr int64_t W = Tr<T>::W, BYTES = W * sizeof(T);
+  const int64_t total = n * many;
+  int64_t i = 0, j = 0, end = n;
+  K k = at(0);
+  const int64_t lead = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(out) % BYTES / sizeof(T));
+  if (sizeof(typename Tr<T>::V) == 64 && lead) one(0, static_cast<int>(lead), k), i = lead;
+  for (;;) {
+    for (; i + 2 * W <= end; i += 2 * W) two(i, k);
+    for (; i + W <= end; i += W) one(i, static_cast<int>(W), k);
+    const int left = static_cast<int>(min_of(W, total - i));
+    if (left == 0) return;
+    if (i == end || ++j == many) {  // a piece ends with the vector before, or all end here
+      if (i != end) return one(i, left, k);
+      k = at(++j), end += n;
+      continue;
+    }
+    const K next = at(j);
+    one(i, left, K::joined(first_lanes<A>(static_cast<int>(end - i)), k, next));
+    i += left, k = next, end += n;
+  }
+}
 
 template <class T, int ACT, bool RES, bool BITS, int MODE>
 EVENLY_INLINE void apply_run(const Run<T>& run, int64_t n, const Coefficients<T>& k) {
@@ -602,8 +669,37 @@ EVENLY_INLINE void apply_run(const Run<T>& run, int64_t n, const Coefficients<T>
     if (start < n) std::memcpy(run.bits + start / 8, &bits, static_cast<size_t>(ceil_div(n - start, 8)));
 }
 
+template <class T, int ACT, bool RES>
+EVENLY_INLINE void apply_stream(const Run<T>& run, int64_t n, const Series<T>& series) {
+  using X = Tr<T>;
+  using V = typename X::V;
+  constexpr int W = X::W;
+  over_stream<T, Lanes<T>>(
+      run.y, n, series.many, [&](int64_t j) __attribute__((always_inline)) { return Lanes<T>::at(series, j); },
+      [&](int64_t i, const Lanes<T>& k) __attribute__((always_inline)) {
+        if (run.ahead) fetch(run.x + i + run.ahead, 2 * W);
+        V a, b;
+        load_two<true>(run.x + i, a, b);
+        a = before<SCALAR, T>(a, k, i, W);
+        b = before<SCALAR, T>(b, k, i, W);
+        if constexpr (RES) {
+          V u, v;
+          load_two<true>(run.residual + i, u, v);
+          a += u, b += v;
+        }
+        store_two<true>(run.y + i, activate<ACT>(a), activate<ACT>(b));
+      },
+      [&](int64_t i, int left, const Lanes<T>& k) __attribute__((always_inline)) {
+        V v = before<SCALAR, T>(take(run.x + i, left), k, i, left);
+        if constexpr (RES) v += take(run.residual + i, left);
+        put(run.y + i, activate<ACT>(v), left);
+      });
+}
+
 template <class T, int ACT, bool RES, bool BITS, int MODE>
 void apply_series(Run<T> run, int64_t n, Coefficients<T> k, const Series<T>& series) {
+  if constexpr (MODE == SCALAR && !BITS)
+    if (series.flows(n)) return apply_stream<T, ACT, RES>(run, n, series);
   for (int64_t j = 0;;) {
     series.set(k, j);
     apply_run<T, ACT, RES, BITS, MODE>(run, n, k);
@@ -639,9 +735,9 @@ enum { PLAIN = 0, SIGN_BITS = 1, RELU = 2, RELU_RES = 3, SILU = 4, GELU = 5, SIL
 constexpr bool has_residual(int kind) { return kind == RELU_RES || kind == SILU_RES || kind == GELU_RES; }
 
 // From the gradient g after the activation. residual: what was added before it, where the kind has one.
-template <class T, int KIND, int MODE>
+template <class T, int KIND, int MODE, class K>
 EVENLY_INLINE typename Tr<T>::V through(const Run<T>& run, typename Tr<T>::V g, typename Tr<T>::V x,
-                                        typename Tr<T>::V residual, const Coefficients<T>& k, int64_t i, int left) {
+                                        typename Tr<T>::V residual, const K& k, int64_t i, int left) {
   using X = Tr<T>;
   using A = typename X::A;
   using V = typename X::V;
@@ -660,9 +756,9 @@ EVENLY_INLINE typename Tr<T>::V through(const Run<T>& run, typename Tr<T>::V g, 
   return g;
 }
 
-template <class T, int KIND, int MODE>
+template <class T, int KIND, int MODE, class K>
 EVENLY_INLINE typename Tr<T>::V gradient(const Run<T>& run, const typename Tr<T>::A* park, typename Tr<T>::V x,
-                                         const Coefficients<T>& k, int64_t i, int left) {
+                                         const K& k, int64_t i, int left) {
   using V = typename Tr<T>::V;
   if constexpr (KIND == PARKED) return take(park + i, left);
   V residual{};
@@ -671,8 +767,8 @@ EVENLY_INLINE typename Tr<T>::V gradient(const Run<T>& run, const typename Tr<T>
 }
 
 // The same for two vectors, with their inputs.
-template <class T, int KIND, int MODE, bool MIX>
-EVENLY_INLINE void gradient_two(const Run<T>& run, const typename Tr<T>::A* park, const Coefficients<T>& k, int64_t i,
+template <class T, int KIND, int MODE, bool MIX, class K>
+EVENLY_INLINE void gradient_two(const Run<T>& run, const typename Tr<T>::A* park, const K& k, int64_t i,
                                 typename Tr<T>::V (&x)[2], typename Tr<T>::V (&g)[2]) {
   using X = Tr<T>;
   using V = typename X::V;
@@ -906,9 +1002,57 @@ struct BackTable {
   const A* b = nullptr;
   const A* c = nullptr;
 };
+template <class T>
+struct BackLanes : Lanes<T> {
+  using V = typename Tr<T>::V;
+  V r, rw, slope, shift;
+
+  static EVENLY_INLINE BackLanes at(const Series<T>& s, const BackTable<typename Tr<T>::A>& t, int64_t j) {
+    return {Lanes<T>::at(s, j), splat(t.r[j]), splat(t.rw[j]), splat(t.b[j]), splat(t.c[j])};
+  }
+  template <class M>
+  static EVENLY_INLINE BackLanes joined(M first, const BackLanes& k, const BackLanes& next) {
+    return {Lanes<T>::joined(first, k, next), choose(first, k.r, next.r), choose(first, k.rw, next.rw),
+            choose(first, k.slope, next.slope), choose(first, k.shift, next.shift)};
+  }
+};
+
+template <class T, int KIND, bool GIVEN>
+EVENLY_INLINE void back_stream(const Run<T>& run, int64_t n, const Series<T>& series,
+                               const BackTable<typename Tr<T>::A>& table, const typename Tr<T>::A* park) {
+  using V = typename Tr<T>::V;
+  using K = BackLanes<T>;
+  constexpr int W = Tr<T>::W;
+  auto back = [](V x, V g, const K& k) __attribute__((always_inline)) {
+    return GIVEN ? g * k.rw : g * k.rw + (((x - k.m) * k.r) * k.slope + k.shift);
+  };
+  over_stream<T, K>(
+      run.dx ? run.dx : run.dresidual, n, series.many,
+      [&](int64_t j) __attribute__((always_inline)) { return K::at(series, table, j); },
+      [&](int64_t i, const K& k) __attribute__((always_inline)) {
+        if (run.ahead) fetch(run.x + i + run.ahead, 2 * W), fetch(run.dy + i + run.ahead, 2 * W);
+        V x[2], g[2];
+        gradient_two<T, KIND, SCALAR, true>(run, park, k, i, x, g);
+        if (run.dx) store_two<true>(run.dx + i, back(x[0], g[0], k), back(x[1], g[1], k));
+        if (run.dresidual) store_two<true>(run.dresidual + i, g[0], g[1]);
+      },
+      [&](int64_t i, int left, const K& k) __attribute__((always_inline)) {
+        const V x = take(run.x + i, left);
+        const V g = gradient<T, KIND, SCALAR>(run, park, x, k, i, left);
+        if (run.dx) put(run.dx + i, back(x, g, k), left);
+        if (run.dresidual) put(run.dresidual + i, g, left);
+      });
+}
+
 template <class T, int KIND, int MODE>
 void back_series(Run<T> run, int64_t n, Coefficients<T> k, BackCoefficients<T> e, const Series<T>& series,
                  const BackTable<typename Tr<T>::A>& table, const typename Tr<T>::A* park, int64_t park_stride) {
+  // parked values of half precision lie in the order of the first pass
+  if constexpr (MODE == SCALAR && KIND != SIGN_BITS && (KIND != PARKED || sizeof(T) == sizeof(typename Tr<T>::A)))
+    if (table.r && series.flows(n) && (!park || park_stride == n)) {
+      if (e.given) return back_stream<T, KIND, true>(run, n, series, table, park);
+      return back_stream<T, KIND, false>(run, n, series, table, park);
+    }
   for (int64_t j = 0;;) {
     series.set(k, j);
     if (table.r) e.r = table.r[j], e.rw = table.rw[j], e.b = table.b[j], e.c = table.c[j];

@@ -181,10 +181,12 @@ NB_MODULE(_kernels, m) {
       .def_prop_ro("bits_bytes", [](const Layout& l) { return chosen.kernels->bits_bytes(l.p); })
       .def_prop_ro("bits_row", [](const Layout& l) { return chosen.kernels->bits_row(l.p); });
   nb::class_<Ready>(m, "Ready", nb::type_slots(Ready::slots))
-      .def(nb::init<const Layout&, nb::tuple, nb::tuple, Object, Object, nb::object, nb::tuple>())
+      .def(nb::init<const Layout&, nb::tuple, nb::tuple, Object, Object, Object, nb::object, nb::object,
+                    nb::tuple>())
       .def("__call__", &Ready::operator())
       .def("backward", &Ready::backward)
       .def("__reduce__", [](nb::handle) { return nb::make_tuple(nb::none().type(), nb::tuple()); });
+  m.def("passes", &passes);
   m.def("looks", [] { return view_of_torch() != nullptr; });
   m.def("sums", &sums);
   m.def("products", &products);

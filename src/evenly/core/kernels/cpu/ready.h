@@ -15,6 +15,7 @@ struct Torch {
   PyObject *empty_like, *grad_enabled, *increment_version;           // functions
   PyObject *dispatch_modes, *transforms, *tracing, *forward_mode;    // who is watching: functions and a module
   PyObject *requires_grad, *is_neg, *level;                          // names
+  PyObject *to_save, *saved_tensors, *needs_input_grad, *spec, *ready;
 
   static const Torch& get() {
     static const Torch found = [] {
@@ -29,6 +30,8 @@ struct Torch {
       t.tracing = member(c, "_get_tracing_state");
       t.forward_mode = nb::module_::import_("torch.autograd.forward_ad").release().ptr();
       t.requires_grad = interned("requires_grad"), t.is_neg = interned("is_neg"), t.level = interned("_current_level");
+      t.to_save = interned("to_save"), t.saved_tensors = interned("saved_tensors");
+      t.needs_input_grad = interned("needs_input_grad"), t.spec = interned("spec"), t.ready = interned("ready");
       return t;
     }();
     return found;
@@ -58,10 +61,17 @@ struct Torch {
   }
 };
 
+inline nb::object attribute(nb::handle of, PyObject* name) { return nb::steal(checked(PyObject_GetAttr(of.ptr(), name))); }
+inline void set_attribute(nb::handle of, PyObject* name, nb::handle value) {
+  if (PyObject_SetAttr(of.ptr(), name, value.ptr()) != 0) nb::raise_python_error();
+}
+
 class Ready {
  public:
+  // function: what autograd applies to x, weight, bias, residual and a spec. repeated: the same without a residual,
+  // whose `forward` is record(); in the place of the residual it takes this object.
   Ready(const Layout& layout, nb::tuple shape, nb::tuple order, Object weight_shape, Object stat_shape,
-        nb::object function, nb::tuple spec)
+        Object stats_like, nb::object function, nb::object repeated, nb::tuple spec)
       : layout_(layout),
         shape_(numbers(shape)),
         order_(numbers(order)),
@@ -69,7 +79,9 @@ class Ready {
         has_stats_(!stat_shape.is_none()),
         weight_shape_(has_weight_ ? numbers(weight_shape) : Numbers{}),
         stat_shape_(has_stats_ ? numbers(stat_shape) : Numbers{}),
+        stats_like_(nb::borrow(stats_like)),
         function_(std::move(function)),
+        repeated_(std::move(repeated)),
         spec_(std::move(spec)) {}
 
   // The output; None if the call is not like the one that was seen. `mean` and `var` are used if statistics are given;
@@ -98,7 +110,8 @@ class Ready {
         spec = nb::make_tuple(spec_[0], spec_[1], false, nb::make_tuple(mean, var, momentum), nb::none());
       else if (layout_.p.given)
         spec = nb::make_tuple(spec_[0], nb::make_tuple(mean, var), false, nb::none(), nb::none());
-      y = called(function_.ptr(), x, weight, bias, residual, spec);
+      y = residual.is_none() ? called(repeated_.ptr(), x, weight, bias, nb::find(this), spec)
+                             : called(function_.ptr(), x, weight, bias, residual, spec);
     } else {
       y = called(torch.empty_like, x);
       Memory at_y;
@@ -114,6 +127,35 @@ class Ready {
       if (count) ++*count, changed.append(tracked);
       called(torch.increment_version, changed);
     }
+    return y;
+  }
+
+  // The forward pass of `repeated`. A spec is (entry, statistics that are given, no, running statistics, no).
+  nb::object record(Object ctx, Object x, Object weight, Object bias, nb::tuple spec) const {
+    const Torch& torch = Torch::get();
+    Memory at_x, at_weight, at_bias, at_stats, at_y, at_mean, at_var;
+    memory_of(x, at_x), memory_of(weight, at_weight), memory_of(bias, at_bias);
+    nb::object stats = nb::none();
+    if (!stats_like_.is_none()) stats = called(torch.empty_like, stats_like_);
+    memory_of(stats, at_stats);
+    set_attribute(ctx, torch.to_save, nb::make_tuple(x, weight, bias, stats));
+    set_attribute(ctx, torch.spec, spec);
+    const nb::object y = called(torch.empty_like, x);
+    memory_of(y, at_y);
+    const bool moves = !spec[3].is_none();
+    const nb::object statistics = spec[moves ? 3 : 1];
+    int sdtype = 0;
+    double momentum = 0;
+    if (moves || layout_.p.given) {
+      View v;
+      look(nb::object(statistics[0]), v);
+      at_mean.at = memory_of(v), sdtype = dtype_of(v);
+      memory_of(nb::object(statistics[1]), at_var);
+      if (moves) momentum = nb::cast<double>(nb::object(statistics[2]));
+    }
+    const Memory none;
+    layout_.forward(at_x, at_y, at_stats, at_weight, at_bias, none, none, moves ? none : at_mean,
+                    moves ? none : at_var, none, none, moves ? at_mean : none, moves ? at_var : none, momentum, sdtype);
     return y;
   }
 
@@ -142,13 +184,15 @@ class Ready {
     Py_VISIT(Py_TYPE(self));
     if (!nb::inst_ready(self)) return 0;
     const Ready* ready = nb::inst_ptr<Ready>(self);
+    Py_VISIT(ready->stats_like_.ptr());
     Py_VISIT(ready->function_.ptr());
+    Py_VISIT(ready->repeated_.ptr());
     Py_VISIT(ready->spec_.ptr());
     return 0;
   }
   static int clear(PyObject* self) {
     Ready* ready = nb::inst_ptr<Ready>(self);
-    ready->function_.reset(), ready->spec_.reset();
+    ready->stats_like_.reset(), ready->function_.reset(), ready->repeated_.reset(), ready->spec_.reset();
     return 0;
   }
   static PyType_Slot slots[];
@@ -216,9 +260,31 @@ class Ready {
   Numbers shape_, order_;
   bool has_weight_, has_stats_;
   Numbers weight_shape_, stat_shape_;
-  nb::object function_;
+  nb::object stats_like_, function_, repeated_;
   nb::tuple spec_;
 };
+
+// What an autograd function is made of whose passes are those of a Ready: its `forward`, and the `apply` of the node of
+// its backward pass. backward: the same in Python, for what is not plain. told: called after a forward pass.
+inline nb::tuple passes(nb::object backward, nb::object told) {
+  nb::object forward = nb::cpp_function(
+      [told](Object ctx, Object x, Object weight, Object bias, const Ready& ready, nb::tuple spec) {
+        const nb::object y = ready.record(ctx, x, weight, bias, spec);
+        called(told.ptr(), ctx, y);
+        return y;
+      });
+  nb::object apply = nb::cpp_function([backward](nb::handle ctx, Object dy) {
+    const Torch& torch = Torch::get();
+    const nb::tuple saved = nb::cast<nb::tuple>(attribute(ctx, torch.saved_tensors));
+    const nb::object entry = nb::cast<nb::tuple>(attribute(ctx, torch.spec))[0];
+    const nb::object ready = attribute(entry, torch.ready);
+    const auto at = [&](int i) { return Object{nb::handle(PyTuple_GET_ITEM(saved.ptr(), i))}; };
+    nb::object found = nb::cast<const Ready&>(ready).backward(dy, at(0), at(1), at(2), at(3),
+                                                             nb::cast<nb::tuple>(attribute(ctx, torch.needs_input_grad)));
+    return found.is_none() ? called(backward.ptr(), ctx, dy) : found;
+  });
+  return nb::make_tuple(forward, nb::steal(checked(PyInstanceMethod_New(apply.ptr()))));
+}
 
 PyType_Slot Ready::slots[] = {{Py_tp_traverse, reinterpret_cast<void*>(&Ready::traverse)},
                               {Py_tp_clear, reinterpret_cast<void*>(&Ready::clear)},

@@ -330,69 +330,92 @@ class Runs {
     int64_t at = -1, count = 0;  // the pieces that m, a and b belong to
   };
 
-  // f(j, mean, 1/scale, what rounding took from the mean, weight, bias) of each of the first `count` pieces.
+  // Means, 1/scales and what rounding took from the means: one after the other, or one of each for all pieces.
+  struct Numbers {
+    const A *m, *r, *low;
+    bool own;
+  };
+
+  // f(j, many, numbers, weights, biases) for the pieces j, ..., j + many - 1 of the first `count`. Weights and biases lie
+  // one after the other.
   template <class F>
   EVENLY_INLINE void look_up(const Piece& q, int64_t count, const F& f) const {
     const A* s = static_cast<const A*>(p.stats) + q.k;
-    const bool plain = g.mode == VECTOR || (!weight.at && !bias.at);
-    const bool one_each = p.wsize > 1 && (g.nseg > 1 || p.R1 == p.wdiv);
-    int64_t i = plain ? 0 : index_of(q.run, q.u);
-    if (q.each == 1 && count >= 8 && (plain || (one_each && i + count <= p.wsize))) {  // all are neighbours
-      const A* w = plain ? nullptr : weight.at ? weight.at + i : nullptr;
-      const A* b = plain ? nullptr : bias.at ? bias.at + i : nullptr;
-      A one[CHUNK], zero[CHUNK];
-      if (!w) {
-        for (int64_t j = 0; j < count; ++j) one[j] = 1;
-        w = one;
-      }
-      if (!b) {
-        for (int64_t j = 0; j < count; ++j) zero[j] = 0;
-        b = zero;
-      }
-      for (int64_t j = 0; j < count; ++j) f(j, s[j], s[K + j], s[2 * K + j], w[j], b[j]);
-      return;
+    A spread[3][CHUNK], one[CHUNK], zero[CHUNK];
+    const bool has_w = g.mode != VECTOR && weight.at, has_b = g.mode != VECTOR && bias.at;
+    if (!has_w)
+      for (int64_t j = 0; j < count; ++j) one[j] = 1;
+    if (!has_b)
+      for (int64_t j = 0; j < count; ++j) zero[j] = 0;
+    bool own = q.each == 1;
+    if (q.each > 1 && q.each < 8 && q.each < count) {  // few pieces a statistic: each with numbers of its own
+      for (int64_t j = 0, k = 0; j < count; ++k)
+        for (const int64_t end = min_of(count, j + q.each); j < end; ++j)
+          spread[0][j] = s[k], spread[1][j] = s[K + k], spread[2][j] = s[2 * K + k];
+      own = true;
     }
-    if (one_each && !plain && q.each > 1) {  // several weights for each statistic
-      for (int64_t j = 0; j < count; ++s)
-        for (int64_t done = 0; done < q.each && j < count;) {
-          const int64_t many = min_of(min_of(q.each - done, count - j), p.wsize - i);
-          const A* w = weight.at ? weight.at + i : nullptr;
-          const A* b = bias.at ? bias.at + i : nullptr;
-          for (int64_t l = 0; l < many; ++l) f(j + l, s[0], s[K], s[2 * K], w ? w[l] : A(1), b ? b[l] : A(0));
-          j += many, done += many, i = i + many == p.wsize ? 0 : i + many;
-        }
-      return;
-    }
-    int64_t left = q.each;
-    for (int64_t j = 0;;) {
-      f(j, s[0], s[K], s[2 * K], !plain && weight.at ? weight.at[i] : A(1), !plain && bias.at ? bias.at[i] : A(0));
-      if (++j == count) return;
-      if (--left == 0) left = q.each, ++s;
+    const bool spreads = own && q.each > 1;
+    Numbers of{s, s + K, s + 2 * K, own};
+    if (spreads) of = {spread[0], spread[1], spread[2], true};
+    const bool one_each = p.wsize > 1 && (g.nseg > 1 || p.R1 == p.wdiv), none = !has_w && !has_b;
+    int64_t i = none ? 0 : index_of(q.run, q.u), left = own ? count : q.each;
+    for (int64_t j = 0; j < count;) {
+      int64_t many = min_of(left, count - j);
+      if (!none) many = one_each ? min_of(many, p.wsize - i) : 1;
+      f(j, many, of, has_w ? weight.at + i : one, has_b ? bias.at + i : zero);
+      j += many;
+      if (j == count) return;
+      const int64_t on = own ? many : (left -= many) == 0 ? (left = q.each, 1) : 0;
+      of.m += on, of.r += on, of.low += on;
       if (one_each)
-        i = i + 1 == p.wsize ? 0 : i + 1;
-      else if (!plain)
+        i = i + many == p.wsize ? 0 : i + many;
+      else if (!none)
         i = index_of(q.run + j, q.u);
     }
   }
 
   // (x - m)*a + b
+  template <bool OWN>
+  EVENLY_INLINE void fill_some(int64_t many, const Numbers& of, const A* __restrict w, const A* __restrict bias,
+                               bool lift, A* __restrict m, A* __restrict a, A* __restrict b) const {
+    const A* __restrict mean = of.m;
+    const A* __restrict rest = of.low;
+    const A* __restrict gain = of.r;
+    for (int64_t j = 0; j < many; ++j) {
+      const int64_t i = OWN ? j : 0;
+      const double r = gain[i], low = rest[i], shift = lift ? (static_cast<double>(mean[i]) + low) * r : 0;
+      m[j] = mean[i];
+      a[j] = gain[i] * w[j];
+      b[j] = static_cast<A>((shift - low * r) * static_cast<double>(w[j]) + static_cast<double>(bias[j]));
+    }
+  }
   void fill(const Piece& q, Table& t) const {
     if (!q.fresh || (t.at == q.at && t.count == q.count)) return;
     t.at = q.at, t.count = q.count;
     const bool lift = !p.center && p.scale == SCALE_STD && !p.given;
-    look_up(q, q.same ? 1 : q.count, [&](int64_t j, A m, A r, A low, A w, A b) __attribute__((always_inline)) {
-      const double wide_r = r, wide_low = low, shift = lift ? (static_cast<double>(m) + wide_low) * wide_r : 0;
-      t.m[j] = m;
-      t.a[j] = static_cast<A>(wide_r * static_cast<double>(w));
-      t.b[j] = static_cast<A>((shift - wide_low * wide_r) * static_cast<double>(w) + static_cast<double>(b));
+    look_up(q, q.same ? 1 : q.count, [&](int64_t j, int64_t many, const Numbers& of, const A* w, const A* bias) {
+      if (of.own)
+        fill_some<true>(many, of, w, bias, lift, t.m + j, t.a + j, t.b + j);
+      else
+        fill_some<false>(many, of, w, bias, lift, t.m + j, t.a + j, t.b + j);
     });
   }
   // g*rw + (x - m)*r*slope + shift
+  template <bool OWN>
+  EVENLY_INLINE void fill_back_some(int64_t many, const A* __restrict gain, const A* __restrict w, A* __restrict r,
+                                    A* __restrict rw) const {
+    for (int64_t j = 0; j < many; ++j) {
+      const A one = gain[OWN ? j : 0];
+      r[j] = one, rw[j] = one * w[j];
+    }
+  }
   void fill_back(const Piece& q, Table& t, const double* b, const double* c) const {
     const int64_t count = q.same ? 1 : q.count;
-    look_up(q, count, [&](int64_t j, A, A r, A, A w, A) __attribute__((always_inline)) {
-      t.r[j] = r;
-      t.rw[j] = static_cast<A>(static_cast<double>(r) * static_cast<double>(w));
+    look_up(q, count, [&](int64_t j, int64_t many, const Numbers& of, const A* w, const A*) {
+      if (of.own)
+        fill_back_some<true>(many, of.r, w, t.r + j, t.rw + j);
+      else
+        fill_back_some<false>(many, of.r, w, t.r + j, t.rw + j);
     });
     if (q.each == 1) {
       for (int64_t j = 0; j < count; ++j) t.slope[j] = static_cast<A>(b[j]), t.shift[j] = static_cast<A>(c[j]);
@@ -504,6 +527,24 @@ class Runs {
               park_stride(q), sums_g + to, sums_gd + to);
   }
 
+  // Sums with weights (or without), in four chains of additions each.
+  static EVENLY_INLINE void add_products(const A* w, const double* s, const double* d, int64_t n, double& sum_s,
+                                         double& sum_d) {
+    constexpr int CHAINS = 4;
+    double a[CHAINS] = {}, b[CHAINS] = {};
+    int64_t i = 0;
+    for (; i + CHAINS <= n; i += CHAINS)
+      for (int c = 0; c < CHAINS; ++c) {
+        const double one = w ? static_cast<double>(w[i + c]) : 1.0;
+        a[c] += one * s[i + c], b[c] += one * d[i + c];
+      }
+    for (; i < n; ++i) {
+      const double one = w ? static_cast<double>(w[i]) : 1.0;
+      a[0] += one * s[i], b[0] += one * d[i];
+    }
+    sum_s += (a[0] + a[1]) + (a[2] + a[3]), sum_d += (b[0] + b[1]) + (b[2] + b[3]);
+  }
+
   // From the sums of the pieces of the statistics k, ..., k + many - 1.
   void backs_of_sums(int64_t k, int64_t many, double* b, double* c) const {
     double sum[2][MANY] = {};  // of no use where statistics are given
@@ -536,13 +577,17 @@ class Runs {
           const double* one = sums_g + (r0 * K + k + j) * units;
           const double* one_d = sums_gd + (r0 * K + k + j) * units;
           int64_t i = index_of(run, 0);
-          for (int64_t u = 0; u < units; ++u) {
-            const double w = weight_at(i);
-            sum[0][j] += w * one[u], sum[1][j] += w * one_d[u];
-            if (one_each)
-              i = i + 1 == p.wsize ? 0 : i + 1;
-            else
-              i = index_of(run, u + 1);
+          if (!one_each) {
+            for (int64_t u = 0; u < units; i = index_of(run, ++u)) {
+              const double w = weight_at(i);
+              sum[0][j] += w * one[u], sum[1][j] += w * one_d[u];
+            }
+            continue;
+          }
+          for (int64_t u = 0; u < units;) {
+            const int64_t more = min_of(units - u, p.wsize - i);
+            add_products(weight.at ? weight.at + i : nullptr, one + u, one_d + u, more, sum[0][j], sum[1][j]);
+            u += more, i = 0;
           }
         }
     }
