@@ -90,6 +90,20 @@ CASES = [
     # columns: several parts, a statistic of two columns, rows side by side
     Case("n h c -> n c", (2, 300, 200), "c"),
     Case("n h g c -> n g", (30, 64, 8, 2), "g c"),
+    Case("b n c -> b c", (2, 49, 700), "c"),
+    Case("b h g c -> b g", (2, 49, 32, 16), "g c"),
+    Case("h g c -> g", (40, 30, 5), "g c"),
+    Case("h g c -> g", (40, 30, 5), "g"),
+    Case("n c l -> c", (20, 40, 9), "c"),
+    Case("n c l -> c", (6, 512, 4), "c"),
+    Case("n c l -> c", (16, 300, 16), "c"),
+    # runs as one stream of vectors: shorter than two vectors, weights that start over, several pieces a statistic
+    Case("n c l -> n c", (3, 90, 17), "c"),
+    Case("n c l -> n c", (700, 2, 33), "c"),
+    Case("n g c l -> n g", (2, 32, 16, 49), "g c"),
+    Case("n g c l -> n g", (70, 4, 3, 20), "g c"),
+    Case("n g c l -> n g", (11, 5, 7, 36), "g c"),
+    Case("n g c l -> n g", (9, 2, 40, 50), "g c"),
 ]
 
 
@@ -471,7 +485,9 @@ def everything(x: Tensor, pattern: str, given: bool = False) -> tuple[Tensor, ..
     return (y.detach(), *torch.autograd.grad(y, (leaf, w), x.roll(1, 0)))
 
 
-@pytest.mark.parametrize("shape", [(6, 10, 60, 61), (2, 512, 7, 7), (64, 16, 8, 8), (40, 20, 6, 8)])
+@pytest.mark.parametrize(
+    "shape", [(6, 10, 60, 61), (2, 512, 7, 7), (64, 16, 8, 8), (40, 20, 6, 8), (12, 200, 4, 4), (70, 90, 3, 3)]
+)
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("pattern", ["n c h w -> c", "n c h w -> n", "n c h w -> n c", "n c h w -> "])
@@ -490,6 +506,39 @@ def test_bits_do_not_depend_on_the_number_of_threads(pattern, given, last, shape
     for other in runs[1:]:
         for a, b in zip(runs[0], other, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(300, 1, 1, 49), (40, 1, 1, 7 * 20), (1, 30, 9, 35), (1, 40, 33, 9), (2, 40, 33, 1)])
+def test_bits_do_not_depend_on_where_memory_starts(sizes, dtype):
+    """Vectors are stored where lines of the cache begin; what is in them is the same."""
+    module = cpu.extension()
+    code = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}[dtype]
+    k0, r0, k1, r1 = sizes
+    n, count, width = k0 * r0 * k1 * r1, k0 * k1, 20 if r1 == 140 else k1
+    wdiv = 7 if r1 == 140 else r1
+    layout = module.Layout(*sizes, wdiv, width, code, code, 0, 1, True, False, False, 1e-5, 0.0)
+    torch.manual_seed(0)
+    x, dy = torch.randn(n).to(dtype), torch.randn(n).to(dtype)
+    w, b = torch.rand(width).to(dtype), torch.rand(width).to(dtype)
+    runs = []
+    for offset in (0, 1, 5, 17):
+
+        def room(of: Tensor, offset: int = offset) -> Tensor:
+            return torch.full((of.numel() + 64,), 7.0).to(of.dtype)[offset : offset + of.numel()]
+
+        stats = torch.empty(3, count, dtype=reference.accumulate_dtype(dtype))
+        y, dx, here = room(x), room(x), room(x).copy_(x)
+        dw, db = torch.empty_like(w), torch.empty_like(b)
+        layout.forward(here, y, stats, w, b, *[None] * 8, 0.0, 0)
+        layout.backward(dy, here, stats, w, b, None, None, dx, dw, db, None, None, None)
+        for t in (y, dx):
+            edges = t.as_strided((n + 64,), (1,), 0).clone()
+            edges[offset : offset + n] = 7.0
+            assert (edges == 7.0).all()
+        runs.append((y.clone(), dx.clone(), dw, db))
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -24,6 +24,7 @@ class Cols {
     blocks = ceil_div(rows, block);
     parts = min_of(blocks, max_of(1, min_of(64, size / PART)));
     total = p.K0 * size;
+    same_weight = p.wsize <= 1 || p.wdiv % p.R1 == 0;
   }
 
   int forward() {
@@ -170,11 +171,11 @@ class Cols {
             out.data[L + j] += s[j];
           }
         } else {
-          for (int64_t j = 0; j < L; ++j) {
-            const int64_t i = index_of(j);
-            out.data[i] += r[j] * s[P + j] + c[j] * s[j];
-            out.data[p.wsize + i] += s[j];
-          }
+          over_weights([&](int64_t i, int64_t at, int64_t many) __attribute__((always_inline)) {
+            double dw = 0, db = 0;
+            for (int64_t j = at; j < at + many; ++j) dw += r[j] * s[P + j] + c[j] * s[j], db += s[j];
+            out.data[i] += dw, out.data[p.wsize + i] += db;
+          });
         }
       }
       store_parameters(p.dweight, p.wdtype, 0, p.wsize, out.data);
@@ -189,6 +190,7 @@ class Cols {
   int64_t K, n, L, P, size, rows, rest, block, blocks, parts, total;
   int kind = PLAIN;
   bool raw = false;
+  bool same_weight;  // the columns of a statistic have the same weight
   Parameters<A> weight, bias;
 
   const A *column_weight = nullptr, *column_bias = nullptr;  // of each of L columns
@@ -203,17 +205,37 @@ class Cols {
       to = from;
       return true;
     }
-    if (!own.allocate(L)) return false;
-    if (!from || p.wsize <= 1) {
-      const A value = from ? from[0] : missing;
-      for (int64_t j = 0; j < L; ++j) own.data[j] = value;
-    } else {
-      for (int64_t j = 0; j < L; ++j) own.data[j] = from[index_of(j)];
-    }
+    if (!own.allocate(L + W)) return false;
+    if (from)
+      over_weights([&](int64_t i, int64_t at, int64_t many) { spread(own.data + at, from + i, 1, many, W); });
+    else
+      for (int64_t j = 0; j < L; ++j) own.data[j] = missing;
     to = own.data;
     return true;
   }
-  int64_t index_of(int64_t j) const { return p.wsize <= 1 ? 0 : (j / p.wdiv) % p.wsize; }
+
+  // f(i, first, many): weight i is that of as many columns.
+  template <class F>
+  EVENLY_INLINE void over_weights(const F& f) const {
+    if (p.wsize <= 1) return f(0, 0, L);
+    for (int64_t i = 0, at = 0; at < L; at += p.wdiv, i = i + 1 == p.wsize ? 0 : i + 1) f(i, at, min_of(p.wdiv, L - at));
+  }
+
+  // Each of n numbers `times` times; `room` values behind them may be written over.
+  template <class S>
+  static EVENLY_INLINE void spread(A* to, const S* from, int64_t n, int64_t times, int64_t room = 0) {
+    if (times == 1) {
+      for (int64_t i = 0; i < n; ++i) to[i] = static_cast<A>(from[i]);
+      return;
+    }
+    const A* stop = to + n * times + room;
+    for (int64_t i = 0; i < n; ++i) {
+      const V v = splat(static_cast<A>(from[i]));
+      A* end = to + times;
+      for (; to < end; to += W) put(to, v, static_cast<int>(min_of(W, stop - to)));
+      to = end;  // what a vector wrote too much is written over
+    }
+  }
 
   int64_t first_block(int64_t part) const { return part * blocks / parts; }
   double rows_of(int64_t part) const {
@@ -221,7 +243,7 @@ class Cols {
   }
 
   // Too few values for several threads, whose columns one of them prepares.
-  bool few() const { return total < PARALLEL + (p.K0 == 1 ? 64 * P : 0); }
+  bool few() const { return total < PARALLEL + (p.K0 == 1 ? min_of(64 * P, PARALLEL) : 0); }
   // Whether a thread does all of a k0, and how many a task has.
   bool alone(int64_t threads) const { return threads == 1 || p.K0 >= 4 * threads || p.K0 % threads == 0; }
   int64_t group_of(int64_t threads) const {
@@ -430,23 +452,47 @@ class Cols {
 
   // ---- y = (x - m)*w + b by column: c = m, w, b
 
-  void expand(int64_t k0, A* __restrict c) const {
-    const A* __restrict w = column_weight;
-    const A* __restrict b = column_bias;
+  void expand(int64_t k0, A* c) const {
     const A* __restrict s = static_cast<const A*>(p.stats) + k0 * p.K1;
     const bool lift = !p.center && p.scale == SCALE_STD && !p.given;
-    auto column = [&](int64_t j, int64_t k1) __attribute__((always_inline)) {
-      const double m = s[k1], r = s[K + k1], low = s[2 * K + k1], shift = lift ? (m + low) * r : 0;
-      c[j] = s[k1];
-      c[P + j] = static_cast<A>(r * static_cast<double>(w[j]));
-      c[2 * P + j] = static_cast<A>((shift - low * r) * static_cast<double>(w[j]) + static_cast<double>(b[j]));
-    };
-    if (p.R1 == 1)
-      for (int64_t j = 0; j < L; ++j) column(j, j);
-    else
-      for (int64_t k1 = 0; k1 < p.K1; ++k1)
-        for (int64_t r = 0; r < p.R1; ++r) column(k1 * p.R1 + r, k1);
+    for (int64_t first = 0; first < p.K1; first += MANY) {
+      const int64_t many = min_of(MANY, p.K1 - first), at = first * p.R1;
+      double gain[MANY], shift[MANY];
+      for (int64_t j = 0; j < many; ++j) {
+        const double m = s[first + j], r = s[K + first + j], low = s[2 * K + first + j];
+        gain[j] = r, shift[j] = (lift ? (m + low) * r : 0) - low * r;
+      }
+      spread(c + at, s + first, many, p.R1);
+      by_weight(c + P + at, c + 2 * P + at, at, many, gain, shift);
+    }
     for (int i = 0; i < 3; ++i) repeat(c + i * P);
+  }
+
+  // a = gain * weight and b = shift * weight + bias of the columns of `many` statistics, which start at column `at`.
+  EVENLY_INLINE void by_weight(A* __restrict a, A* __restrict b, int64_t at, int64_t many, const double* gain,
+                               const double* shift) const {
+    const A* __restrict w = column_weight + at;
+    const A* __restrict bias = column_bias + at;
+    if (p.R1 == 1) {
+      for (int64_t j = 0; j < many; ++j) {
+        a[j] = static_cast<A>(gain[j] * static_cast<double>(w[j]));
+        b[j] = static_cast<A>(shift[j] * static_cast<double>(w[j]) + static_cast<double>(bias[j]));
+      }
+    } else if (same_weight) {
+      double one[2][MANY];
+      for (int64_t j = 0; j < many; ++j) {
+        const double weight = w[j * p.R1];
+        one[0][j] = gain[j] * weight, one[1][j] = shift[j] * weight + static_cast<double>(bias[j * p.R1]);
+      }
+      spread(a, one[0], many, p.R1);
+      spread(b, one[1], many, p.R1);
+    } else {
+      for (int64_t j = 0; j < many; ++j, a += p.R1, b += p.R1, w += p.R1, bias += p.R1)
+        for (int64_t r = 0; r < p.R1; ++r) {
+          a[r] = static_cast<A>(gain[j] * static_cast<double>(w[r]));
+          b[r] = static_cast<A>(shift[j] * static_cast<double>(w[r]) + static_cast<double>(bias[r]));
+        }
+    }
   }
 
   Coefficients<T> coefficients(const A* c) const {
@@ -559,8 +605,23 @@ class Cols {
     if (part == parts - 1 && rest) flush(rows, 1, rest);
   }
 
+  // r * weight of the columns of `many` statistics, which start at column `at`.
+  EVENLY_INLINE void gains(A* __restrict to, int64_t at, int64_t many, const A* __restrict r) const {
+    const A* __restrict w = column_weight + at;
+    if (p.R1 == 1) {
+      for (int64_t j = 0; j < many; ++j) to[j] = r[j] * w[j];
+    } else if (same_weight) {
+      A one[MANY];
+      for (int64_t j = 0; j < many; ++j) one[j] = r[j] * w[j * p.R1];
+      spread(to, one, many, p.R1);
+    } else {
+      for (int64_t j = 0; j < many; ++j, to += p.R1, w += p.R1)
+        for (int64_t i = 0; i < p.R1; ++i) to[i] = r[j] * w[i];
+    }
+  }
+
   // e = r, r*w, b, c by column
-  void expand_back(int64_t k0, const double* __restrict sums, A* __restrict e) const {
+  void expand_back(int64_t k0, const double* __restrict sums, A* e) const {
     const A* __restrict w = column_weight;
     const A* __restrict r = static_cast<const A*>(p.stats) + K + k0 * p.K1;
     for (int64_t first = 0; first < p.K1; first += MANY) {
@@ -580,17 +641,11 @@ class Cols {
             for (int64_t i = 0; i < p.R1; ++i) add(j, j * p.R1 + i);
       }
       backs_of<A>(p, k0 * p.K1 + first, many, static_cast<double>(n), sum, sum_d, b, c);
-      auto column = [&](int64_t at, int64_t j) __attribute__((always_inline)) {
-        e[at] = r[first + j];
-        e[P + at] = static_cast<A>(static_cast<double>(r[first + j]) * static_cast<double>(w[at]));
-        e[2 * P + at] = static_cast<A>(b[j]);
-        e[3 * P + at] = static_cast<A>(c[j]);
-      };
-      if (p.R1 == 1)
-        for (int64_t j = 0; j < many; ++j) column(first + j, j);
-      else
-        for (int64_t j = 0; j < many; ++j)
-          for (int64_t i = 0; i < p.R1; ++i) column((first + j) * p.R1 + i, j);
+      const int64_t at = first * p.R1;
+      spread(e + at, r + first, many, p.R1);
+      spread(e + 2 * P + at, b, many, p.R1);
+      spread(e + 3 * P + at, c, many, p.R1);
+      gains(e + P + at, at, many, r + first);
     }
     for (int i = 0; i < 4; ++i) repeat(e + i * P);
   }

@@ -251,7 +251,8 @@ struct Geometry {
 inline bool plan(const Problem& p, Geometry& g) {
   const int64_t L = p.K1 * p.R1, P = p.wdiv * p.wsize;
   const bool affine = p.wsize > 1;
-  const bool few = p.R0 <= 4 && p.R1 >= 8;  // rows too few to be worth numbers for every column
+  // rows too few to be worth numbers for every column
+  const bool few = (p.R0 <= 4 && p.R1 >= 8) || (p.R0 <= 16 && p.R1 >= 16);
   if (p.R0 > 1 && p.R1 < SHORT_RUN && !few && (!affine || L % P == 0)) {
     g.cols = true;
     g.mode = COLUMN;
