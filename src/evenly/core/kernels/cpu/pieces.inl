@@ -890,6 +890,14 @@ class OnlinePass {
       by_two<T>(n, [&](auto many, int64_t j, int left) EVENLY_EACH { f(many, first + j, left, t, min_of(to, t + NEAR)); });
   }
 
+  // R vectors of a later sample into the cache: the processor does not see a stride of rows.
+  template <int R, int WRITE = 0, class S>
+  EVENLY_INLINE static void fetch_row(const S* from) {
+    constexpr int LINE = 64;
+    const char* at = reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(from));
+    for (size_t i = 0; i < R * W * sizeof(S); i += LINE) __builtin_prefetch(at + i, WRITE, 2);
+  }
+
   // R vectors of numbers.
   template <int R>
   EVENLY_INLINE static void take_all(const A* from, V* to, int left) {
@@ -942,7 +950,7 @@ class OnlinePass {
       S* y = out + begin * C + c;
       S* scale = MODE == KEPT ? y + tile * C : y;
       for (int64_t t = begin; t < end; ++t, x += row, y += row, scale += row) {
-        __builtin_prefetch(x + NEAR * row);  // of the next samples: the processor does not see a stride of rows
+        fetch_row<R>(x + NEAR * row);
         for (int i = 0; i < R; ++i) {
           const V d = (take(x + i * W, left) - m.high[i]) - m.low[i];
           const V inverse = inverse_root(s.high[i] + k.eps), unit = d * inverse;
@@ -1000,11 +1008,16 @@ class OnlinePass {
 
   template <int R>
   EVENLY_INLINE void add_sums(const V* dw, const V* db, int64_t c, int left) const {
-    for (int i = 0; i < R; ++i)
-      for (int lane = 0; lane < left; ++lane) {
-        sums.data[c + i * W + lane] += static_cast<double>(dw[i][lane]);
-        sums.data[C + c + i * W + lane] += static_cast<double>(db[i][lane]);
-      }
+    for (int i = 0; i < R; ++i) {
+      A one[2][W];
+      raw_store(one[0], dw[i]), raw_store(one[1], db[i]);
+      double* __restrict to_w = sums.data + c + i * W;
+      double* __restrict to_b = to_w + C;
+      if (left == W)
+        for (int lane = 0; lane < W; ++lane) to_w[lane] += one[0][lane], to_b[lane] += one[1][lane];
+      else
+        for (int lane = 0; lane < left; ++lane) to_w[lane] += one[0][lane], to_b[lane] += one[1][lane];
+    }
   }
 
   // The control process over a tile, from what the phases before it have left there.
@@ -1029,7 +1042,7 @@ class OnlinePass {
           back[i] = controlled<R>(v, u, i, g * w[i], unit, take(scale + i * W, left), k);
         }
         if (!dx) continue;
-        __builtin_prefetch(dx + NEAR * row, 1);
+        fetch_row<R, 1>(dx + NEAR * row);
         for (int i = 0; i < R; ++i) put(dx + i * W, back[i], left);
         dx += row;
       }
@@ -1055,8 +1068,8 @@ class OnlinePass {
       const T* dy = static_cast<const T*>(p.dy) + begin * C + c;
       T* dx = p.out ? static_cast<T*>(p.out) + begin * C + c : nullptr;
       for (int64_t t = begin; t < end; ++t, x += row, dy += row) {
-        __builtin_prefetch(x + NEAR * row);
-        __builtin_prefetch(dy + NEAR * row);
+        fetch_row<R>(x + NEAR * row);
+        fetch_row<R>(dy + NEAR * row);
         V back[R];
         for (int i = 0; i < R; ++i) {
           const V d = (take(x + i * W, left) - m.high[i]) - m.low[i];
@@ -1069,7 +1082,7 @@ class OnlinePass {
           back[i] = controlled<R>(v, u, i, g * w[i], unit, inverse, k);
         }
         if (!dx) continue;
-        __builtin_prefetch(dx + NEAR * row, 1);
+        fetch_row<R, 1>(dx + NEAR * row);
         for (int i = 0; i < R; ++i) put(dx + i * W, back[i], left);
         dx += row;
       }

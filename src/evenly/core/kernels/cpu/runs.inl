@@ -531,8 +531,15 @@ class Runs {
   static EVENLY_INLINE void add_products(const A* w, const double* s, const double* d, int64_t n, double& sum_s,
                                          double& sum_d) {
     constexpr int CHAINS = 4;
-    double a[CHAINS] = {}, b[CHAINS] = {};
     int64_t i = 0;
+    if (n < CHAINS) {
+      for (; i < n; ++i) {
+        const double one = w ? static_cast<double>(w[i]) : 1.0;
+        sum_s += one * s[i], sum_d += one * d[i];
+      }
+      return;
+    }
+    double a[CHAINS] = {}, b[CHAINS] = {};
     for (; i + CHAINS <= n; i += CHAINS)
       for (int c = 0; c < CHAINS; ++c) {
         const double one = w ? static_cast<double>(w[i + c]) : 1.0;
