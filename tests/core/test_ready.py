@@ -101,6 +101,23 @@ def short(layer: nn.Module, x: Tensor) -> Tensor | None:
     )
 
 
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("kind", ["group", "batch-eval", "layer"])
+def test_a_residual_may_come_and_go(kind: str, activation: str | None, first: bool) -> None:
+    layer, fresh = made(kind, activation), made(kind, activation)
+    x, r = drawn().requires_grad_(), drawn().mul(-0.5).requires_grad_()
+    for number in range(6):
+        residual = r if (number % 2 == 0) == first else None
+        inputs = [x, *([] if residual is None else [r])]
+        found = torch.autograd.grad(layer(x, residual).square().sum(), [*inputs, *layer.parameters()])
+        with torch.no_grad():
+            assert torch.equal(layer(x, residual), fresh(x, residual))
+        y = made(kind)(x) + (0 if residual is None else residual)
+        y = y if activation is None else getattr(torch.nn.functional, activation)(y)
+        torch.testing.assert_close(found[: len(inputs)], torch.autograd.grad(y.square().sum(), inputs))
+
+
 class Sub(Tensor):
     pass
 

@@ -147,6 +147,7 @@ struct Layout {
     q.dy = dy.at, q.x = x.at, q.stats = stats.at;
     q.weight = weight.at, q.bias = bias.at, q.residual = residual.at;
     q.bits = at<uint8_t>(bits);
+    q.relu_bits = p.relu_bits && bits;
     q.dx = dx.at, q.dweight = dweight.at, q.dbias = dbias.at;
     q.dresidual = dresidual.at;
     q.dmean = dmean.at, q.dvar = dvar.at;

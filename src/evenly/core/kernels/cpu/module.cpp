@@ -171,6 +171,7 @@ void online_control(int wdtype, int64_t steps, int64_t channels, int64_t positio
 NB_MODULE(_kernels, m) {
   nb::set_leak_warnings(false);  // Layouts are cached by Python until it exits
   m.doc() = "Fused normalization kernels for the CPU.";
+  Torch::get(), view_of_torch();  // found here, where no other thread can be looking for them
   nb::class_<Layout>(m, "Layout")
       .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int, int, int, int, bool, bool, bool, double,
                     double>())

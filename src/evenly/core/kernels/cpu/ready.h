@@ -95,7 +95,8 @@ class Ready {
     int sdtype = 0;
     if (!like_x(x, at_x) || !parameter(weight, at_weight) || !parameter(bias, at_bias)) return nb::none();
     if (!residual.is_none() && !like_x(residual, at_residual)) return nb::none();
-    if (moves == layout_.p.given && moves) return nb::none();
+    if (layout_.p.act == ACT_RELU && layout_.p.relu_bits == residual.is_none()) return nb::none();  // other bits
+    if (moves && layout_.p.given) return nb::none();
     if (moves || layout_.p.given) {
       int other = 0;
       if (!statistic(mean, at_mean, sdtype) || !statistic(var, at_var, other) || sdtype != other) return nb::none();
