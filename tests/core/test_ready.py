@@ -262,11 +262,12 @@ def test_a_used_layer_can_be_copied_and_pickled() -> None:
     layer = made("batch")
     layer(x)
     layer(x)
-    for other in (copy.copy(layer), copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        for _ in range(2):
-            assert torch.equal(other.train()(x), layer.train()(x))
+    copies = (copy.copy(layer), copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)))
+    for other in copies:
         assert torch.equal(other.eval()(x), layer.eval()(x))
-    layer(x)
+    for other in copies:
+        for _ in range(3):  # the output in training does not depend on the statistics that have moved
+            assert torch.equal(other.train()(x), layer.train()(x))
     assert ready_of(copy.deepcopy(layer)) is None
     assert ready_of(pickle.loads(pickle.dumps(layer))) is None
 
