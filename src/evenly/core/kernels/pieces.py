@@ -396,19 +396,16 @@ class Power(NamedTuple):
     before: Tensor | None = None
     state: Tensor | None = None
 
+    def _settings(self, x: Tensor) -> tuple[int, int, int, int, int, float, bool]:
+        kinds = DTYPES[x.dtype], DTYPES[self.running.dtype]
+        return *kinds, x.numel() // x.shape[-1], x.shape[-1], self.group, self.eps, self.exact
+
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, *, again: bool) -> tuple[Tensor, Tensor]:
         """The output, and what the backward pass needs; ``again``: a pass is recomputed, and moves nothing."""
         x = x.contiguous()
-        channels = x.shape[-1]
-        y, kept = torch.empty_like(x), torch.empty(2, channels, dtype=torch.float64)
+        y, kept = torch.empty_like(x), torch.empty(2, x.shape[-1], dtype=torch.float64)
         _kernels().power_forward(
-            DTYPES[x.dtype],
-            DTYPES[self.running.dtype],
-            x.numel() // channels,
-            channels,
-            self.group,
-            self.eps,
-            self.exact,
+            *self._settings(x),
             x,
             y,
             weight,
@@ -427,19 +424,12 @@ class Power(NamedTuple):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients of input, weight and bias; ``wanted``: that of the input is needed."""
         x = x.contiguous()
-        channels = x.shape[-1]
         grad = _laid_like(grad, x)
         dx = torch.empty_like(x) if wanted else None
         dweight = None if weight is None else torch.empty_like(weight)
         dbias = torch.empty_like(self.running) if bias else None
         _kernels().power_backward(
-            DTYPES[x.dtype],
-            DTYPES[self.running.dtype],
-            x.numel() // channels,
-            channels,
-            self.group,
-            self.eps,
-            self.exact,
+            *self._settings(x),
             x,
             dx,
             weight,
