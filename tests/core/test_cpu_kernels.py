@@ -11,7 +11,9 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -179,16 +181,75 @@ def leaves(case: Case, dtype: torch.dtype, seed: int, offset: int, residual: boo
     residual=st.booleans(),
     given_stats=st.booleans(),
     threads=st.sampled_from([1, 1, 2, 3, 16]),
+    far=st.booleans(),
     offset=st.integers(0, 5),
     seed=st.integers(0, 99),
 )
-def test_against_float64(case, dtype, how, act, residual, given_stats, threads, offset, seed):
+def test_against_float64(case, dtype, how, act, residual, given_stats, threads, far, offset, seed):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        check_against_float64(case, dtype, how, act, residual, given_stats, offset, seed)
+        with past_the_caches(far):
+            check_against_float64(case, dtype, how, act, residual, given_stats, offset, seed)
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def past_the_caches(far: bool) -> Iterator[None]:
+    """Let the kernels write past the caches whatever the size, or as they do."""
+    before = cpu.extension().set_far(0 if far else 24 << 20)
+    try:
+        yield
+    finally:
+        cpu.extension().set_far(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_written_past_the_caches_as_through_them(case, dtype):
+    """The same bits; the compiler may round an activation in one loop as it does not in another."""
+    for act in (None, "relu", "silu"):
+        for residual in (False, True):
+            for offset in (0, 3):
+                x, w, b, r, dy = leaves(case, dtype, 0, offset, residual)
+                leaf = [t.detach().requires_grad_() for t in (x, w, b, r) if t is not None]
+                runs = []
+                for far in (False, True):
+                    with past_the_caches(far):
+                        y = evenly.normalize(
+                            leaf[0], case.pattern, weight=leaf[1], bias=leaf[2], affine=case.affine,
+                            residual=leaf[3] if residual else None, activation=act,
+                        )  # fmt: skip
+                        runs.append((y.detach(), *torch.autograd.grad(y, leaf, dy)))
+                for one, other in zip(*runs, strict=True):
+                    if act == "silu":
+                        torch.testing.assert_close(
+                            other, one, rtol=0, atol=4 * torch.finfo(dtype).eps * float(one.abs().max())
+                        )
+                    else:
+                        assert torch.equal(other, one), (act, residual, offset)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("act", ["relu", "silu"])
+def test_large_tensors_are_written_past_the_caches(act, last):
+    """The size that decides; the same bits on both sides of it."""
+    torch.manual_seed(0)
+    x, r = (torch.randn(8, 256, 28, 28).requires_grad_() for _ in range(2))
+    if last:
+        x, r = (t.detach().contiguous(memory_format=torch.channels_last).requires_grad_() for t in (x, r))
+    w = torch.rand(256, requires_grad=True)
+    runs = []
+    for far in (24 << 20, 1 << 60):
+        before = cpu.extension().set_far(far)
+        try:
+            y = evenly.normalize(x, "n c h w -> c", weight=w, residual=r, activation=act)
+            runs.append((y.detach(), *torch.autograd.grad(y, (x, r, w), x.detach())))
+        finally:
+            cpu.extension().set_far(before)
+    assert before == 24 << 20
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 def check_against_float64(case, dtype, how, act, residual, given_stats, offset, seed):

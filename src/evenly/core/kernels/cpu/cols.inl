@@ -24,6 +24,7 @@ class Cols {
     blocks = ceil_div(rows, block);
     parts = min_of(blocks, max_of(1, min_of(64, size / PART)));
     total = p.K0 * size;
+    past = is_far(p, total * static_cast<int64_t>(sizeof(T)));
     same_weight = p.wsize <= 1 || p.wdiv % p.R1 == 0;
   }
 
@@ -36,6 +37,7 @@ class Cols {
     if (alone(threads)) {
       const int64_t group = group_of(threads);
       parallel(ceil_div(p.K0, group), [&](int64_t task) {
+        const Fence fence{past};
         Buffer<double> column, part;
         Buffer<A> work, c;
         if (!column.allocate(2 * P) || !part.allocate(2 * P) || !work.allocate(3 * P) || !c.allocate(3 * P)) {
@@ -96,6 +98,7 @@ class Cols {
     if (alone(threads)) {
       const int64_t group = group_of(threads);
       parallel(ceil_div(p.K0, group), [&](int64_t task) {
+        const Fence fence{past};
         Buffer<double> part;
         Buffer<A> work, c, e;
         if (!part.allocate(2 * P) || !work.allocate(2 * P) || !c.allocate(3 * P) || !e.allocate(4 * P)) {
@@ -131,6 +134,7 @@ class Cols {
         Buffer<double> all;
         if (!all.allocate(2 * P * parts * p.K0)) return NO_MEMORY;
         parallel(p.K0 * parts, [&](int64_t task) {
+          const Fence fence{past};
           Buffer<A> work;
           if (!work.allocate(2 * P)) {
             status.store(NO_MEMORY);
@@ -190,6 +194,7 @@ class Cols {
   int64_t K, n, L, P, size, rows, rest, block, blocks, parts, total;
   int kind = PLAIN;
   bool raw = false;
+  bool past;         // write past the caches
   bool same_weight;  // the columns of a statistic have the same weight
   Parameters<A> weight, bias;
 
@@ -256,6 +261,7 @@ class Cols {
     const int64_t wanted = ceil_div(max_of(1, size / TASK), threads) * threads;
     const int64_t group = max_of(1, ceil_div(all, wanted)), tasks = ceil_div(all, group);
     auto some = [&](int64_t task) {
+      const Fence fence{past};
       const int64_t from = (task % tasks) * group;
       f(task / tasks, from, min_of(all, from + group));
     };
@@ -506,6 +512,7 @@ class Cols {
   Run<T> row_at(int64_t k0, int64_t r) const {
     const int64_t at = k0 * size + r * P;
     Run<T> out{};
+    out.past = past;
     out.x = static_cast<const T*>(p.x) + at;
     if (p.residual) out.residual = static_cast<const T*>(p.residual) + at;
     if (p.y) out.y = static_cast<T*>(p.y) + at;

@@ -13,6 +13,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 
 #include "problem.h"
 
@@ -541,7 +542,30 @@ struct Run {  // pointers at the start of a piece of a run, or of a row
   T* dx;
   T* dresidual;
   int64_t ahead;  // fetch x and dy this many values further on into the cache; 0: do not
+  bool past;      // write past the caches
 };
+
+// Whether outputs are written past the caches, which would not hold all that a pass touches until it is read again.
+// A line that is written past them is not read before; who reads the output next finds it in memory.
+inline bool is_far(const Problem& p, int64_t bytes) {
+  const int tensors = 1 + (p.residual != nullptr) + (p.y != nullptr) + (p.dy != nullptr) + (p.dx != nullptr) +
+                      (p.dresidual != nullptr);
+  return tensors * bytes >= p.far;
+}
+// At the end of a task: what it wrote past the caches is there before the others are told.
+struct Fence {
+  bool on;
+  ~Fence() {
+    if (on) fence();
+  }
+};
+
+// Values up to where a line of the cache begins, if a run has as many. STEP: in whole steps of so many, else 0.
+template <int STEP, class T>
+EVENLY_INLINE int64_t to_line(const T* p, int64_t n) {
+  const int64_t lead = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(p) % 64 / sizeof(T));
+  return lead <= n && lead % STEP == 0 ? lead : 0;
+}
 
 template <class T>
 EVENLY_INLINE void fetch(const T* p, int64_t values) {
@@ -636,6 +660,17 @@ EVENLY_INLINE void apply_run(const Run<T>& run, int64_t n, const Coefficients<T>
   const T* res = run.residual;
   T* y = run.y;
   int64_t i = 0;
+  auto one = [&](int64_t i, int left) __attribute__((always_inline)) {
+    V v = before<MODE, T>(take(x + i, left), k, i, left);
+    if constexpr (RES) v += take(res + i, left);
+    put(y + i, activate<ACT>(v), left);
+    return BITS ? pack_lanes(~(v <= V{})) : 0u;
+  };
+  if (run.past)
+    for (const int64_t lead = to_line<BITS ? (W % 8 ? 64 : W) : 1>(y, n); i < lead; i = min_of(i + W, lead)) {
+      const unsigned bits = one(i, static_cast<int>(min_of(W, lead - i)));
+      if constexpr (BITS) std::memcpy(run.bits + i / 8, &bits, W / 8);
+    }
   for (; i + S <= n; i += S) {
     if (run.ahead) fetch(x + i + run.ahead, S);
     unsigned bits = 0;
@@ -650,7 +685,7 @@ EVENLY_INLINE void apply_run(const Run<T>& run, int64_t n, const Coefficients<T>
         a += u, b += v;
       }
       if constexpr (BITS) bits |= (pack_lanes(~(a <= V{})) | pack_lanes(~(b <= V{})) << W) << g;
-      store_two<MIX>(y + i + g, activate<ACT>(a), activate<ACT>(b));
+      store_two<MIX>(y + i + g, activate<ACT>(a), activate<ACT>(b), run.past);
     }
     if constexpr (BITS) std::memcpy(run.bits + i / 8, &bits, S / 8);
   }
@@ -659,11 +694,8 @@ EVENLY_INLINE void apply_run(const Run<T>& run, int64_t n, const Coefficients<T>
   while (i < n) {
     // Whole vectors as long as there are W values: the last one does some of them again.
     if (!BITS && i + W > n && n >= W) i = n - W;
-    const int left = static_cast<int>(min_of(W, n - i));
-    V v = before<MODE, T>(take(x + i, left), k, i, left);
-    if constexpr (RES) v += take(res + i, left);
-    if constexpr (BITS) bits |= pack_lanes(~(v <= V{})) << (i - start);
-    put(y + i, activate<ACT>(v), left);
+    const unsigned more = one(i, static_cast<int>(min_of(W, n - i)));
+    if constexpr (BITS) bits |= more << (i - start);
     i += W;
   }
   if constexpr (BITS)
@@ -688,7 +720,7 @@ EVENLY_INLINE void apply_stream(const Run<T>& run, int64_t n, const Series<T>& s
           load_two<true>(run.residual + i, u, v);
           a += u, b += v;
         }
-        store_two<true>(run.y + i, activate<ACT>(a), activate<ACT>(b));
+        store_two<true>(run.y + i, activate<ACT>(a), activate<ACT>(b), run.past);
       },
       [&](int64_t i, int left, const Lanes<T>& k) __attribute__((always_inline)) {
         V v = before<SCALAR, T>(take(run.x + i, left), k, i, left);
@@ -977,21 +1009,28 @@ EVENLY_INLINE void apply_back_of(const Run<T>& run, int64_t n, const Coefficient
     }
   };
   int64_t i = 0;
-  for (; i + 2 * W <= n; i += 2 * W) {
-    if (run.ahead) fetch(run.x + i + run.ahead, 2 * W), fetch(run.dy + i + run.ahead, 2 * W);
-    V x[2], g[2];
-    gradient_two<T, KIND, MODE, MIX>(run, park, k, i, x, g);
-    if (run.dx) store_two<MIX>(run.dx + i, back(i, W, x[0], g[0]), back(i + W, W, x[1], g[1]));
-    if (run.dresidual) store_two<MIX>(run.dresidual + i, g[0], g[1]);
-  }
-  while (i < n) {
-    // Whole vectors as long as there are W values, but not over what has been parked in the output.
-    if (KIND != PARKED && KIND != SIGN_BITS && i + W > n && n >= W) i = n - W;
-    const int left = static_cast<int>(min_of(W, n - i));
+  auto one = [&](int64_t i, int left) __attribute__((always_inline)) {
     const V x = take(run.x + i, left);
     const V g = gradient<T, KIND, MODE>(run, park, x, k, i, left);
     if (run.dx) put(run.dx + i, back(i, left, x, g), left);
     if (run.dresidual) put(run.dresidual + i, g, left);
+  };
+  // parked values of half precision lie in the order of the first pass
+  if (run.past && (KIND != PARKED || sizeof(T) == sizeof(typename X::A)))
+    for (const int64_t lead = to_line<KIND == SIGN_BITS ? W : 1>(run.dx ? run.dx : run.dresidual, n);
+         i < lead; i = min_of(i + W, lead))
+      one(i, static_cast<int>(min_of(W, lead - i)));
+  for (; i + 2 * W <= n; i += 2 * W) {
+    if (run.ahead) fetch(run.x + i + run.ahead, 2 * W), fetch(run.dy + i + run.ahead, 2 * W);
+    V x[2], g[2];
+    gradient_two<T, KIND, MODE, MIX>(run, park, k, i, x, g);
+    if (run.dx) store_two<MIX>(run.dx + i, back(i, W, x[0], g[0]), back(i + W, W, x[1], g[1]), run.past);
+    if (run.dresidual) store_two<MIX>(run.dresidual + i, g[0], g[1], run.past);
+  }
+  while (i < n) {
+    // Whole vectors as long as there are W values, but not over what has been parked in the output.
+    if (KIND != PARKED && KIND != SIGN_BITS && i + W > n && n >= W) i = n - W;
+    one(i, static_cast<int>(min_of(W, n - i)));
     i += W;
   }
 }
@@ -1034,8 +1073,8 @@ EVENLY_INLINE void back_stream(const Run<T>& run, int64_t n, const Series<T>& se
         if (run.ahead) fetch(run.x + i + run.ahead, 2 * W), fetch(run.dy + i + run.ahead, 2 * W);
         V x[2], g[2];
         gradient_two<T, KIND, SCALAR, true>(run, park, k, i, x, g);
-        if (run.dx) store_two<true>(run.dx + i, back(x[0], g[0], k), back(x[1], g[1], k));
-        if (run.dresidual) store_two<true>(run.dresidual + i, g[0], g[1]);
+        if (run.dx) store_two<true>(run.dx + i, back(x[0], g[0], k), back(x[1], g[1], k), run.past);
+        if (run.dresidual) store_two<true>(run.dresidual + i, g[0], g[1], run.past);
       },
       [&](int64_t i, int left, const K& k) __attribute__((always_inline)) {
         const V x = take(run.x + i, left);

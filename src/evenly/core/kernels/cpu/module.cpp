@@ -205,4 +205,5 @@ NB_MODULE(_kernels, m) {
   m.def("threads", &thread_count);
   m.def("pool", [] { return std::string(pool_name()); });
   m.def("set_serial", &set_serial);
+  m.def("set_far", [](int64_t bytes) { return far_from.exchange(bytes); });  // gives back what it was
 }

@@ -28,6 +28,7 @@ struct Problem {
   int ready;   // forward: `stats` is filled already, by an earlier pass
   int relu_bits;  // relu: write (forward) or read (backward) one sign bit an element
   double eps, correction;
+  int64_t far;  // outputs are written past the caches if a pass touches as many bytes
 
   const void* x;
   const void* residual;  // may be null

@@ -11,6 +11,7 @@ class Runs {
   static constexpr int64_t NEAR = 12288;    // bytes of the input of a batch
   static constexpr int64_t FETCH = 65536;   // bytes of a batch that is fetched ahead at most
   static constexpr int64_t LONG = 1 << 25;  // bytes of an input that no cache near a core holds
+  static constexpr int64_t PARK = 1 << 17;  // values of a statistic that are parked in a buffer
   static constexpr int64_t CHUNK = 32;      // pieces in a table
   static_assert(CHUNK >= MANY, "a batch has one table");
 
@@ -32,9 +33,11 @@ class Runs {
     batch = min_of(MANY, NEAR / max_of(1, n * static_cast<int64_t>(sizeof(T))));
     if (total >= PARALLEL) batch = min_of(batch, ceil_div(neighbours, 8));  // something for every thread
     batch = max_of(1, batch);
-    // A small batch leaves time to fetch the next one while its own output is written, where arithmetic takes longer
-    // than memory: measured, in half precision, and for gradients of weights that vary along long tensors.
-    const bool slow = sizeof(T) == 2 || (g.mode == VECTOR && p.dy && total * static_cast<int64_t>(sizeof(T)) >= LONG);
+    past = is_far(p, total * static_cast<int64_t>(sizeof(T)));
+    // A small batch leaves time to fetch the next one while its own output is written, where that is written past the
+    // caches, or arithmetic takes longer than memory: measured, in half precision, and for gradients of weights that vary
+    // along long tensors.
+    const bool slow = past || sizeof(T) == 2 || (g.mode == VECTOR && p.dy && total * static_cast<int64_t>(sizeof(T)) >= LONG);
     ahead = slow && total >= PARALLEL && batch * n * static_cast<int64_t>(sizeof(T)) <= FETCH ? batch * p.R1 : 0;
     shifting = g.mode == VECTOR && g.nseg == 1 && p.R1 != g.period;
     steady = !shifting && (p.wsize <= 1 || stride % (p.wdiv * p.wsize) == 0);
@@ -87,6 +90,7 @@ class Runs {
   int backward() {
     if (!parameters()) return NO_MEMORY;
     kind = kind_of(p);
+    if (past && kind >= SILU && n > PARK) past = false;  // what is parked in the output is to stay in the cache
     const bool wants_parameters = p.wsize > 0 && (p.dweight || p.dbias);
     const bool wants_inputs = p.dx || p.dresidual;
     const bool sums_needed = wants_parameters || !p.given;
@@ -171,6 +175,7 @@ class Runs {
   const Geometry& g;
   int64_t K, n, total, stride, per_block, pieces, blocks, unit, units_seg, units, neighbours, batch, ahead;
   double wide, per_weight;
+  bool past;      // write past the caches
   bool shifting;  // VECTOR: runs start at different places of the period
   bool steady;    // the runs of a statistic have the same weights
   int kind = PLAIN;
@@ -230,6 +235,7 @@ class Runs {
     const int64_t group =
         total < PARALLEL ? all : max_of(1, min_of(TASK / max_of(batch * n, 1), ceil_div(all, 4 * threads)));
     parallel(ceil_div(all, group), [&](int64_t task) {
+      const Fence fence{past};
       for (int64_t i = task * group; i < min_of(all, (task + 1) * group); ++i) {
         const int64_t first = i % each * batch;
         f(i / each * neighbours + first, min_of(batch, neighbours - first));
@@ -302,6 +308,7 @@ class Runs {
     const int64_t tasks_run = ceil_div(units, per_task);
     if (tasks_run > 1) {
       parallel(runs * tasks_run, [&](int64_t task) {
+        const Fence fence{past};
         const int64_t run = task / tasks_run, from = (task % tasks_run) * per_task;
         over_runs(k_of(run), 1, r0_of(run), f, from, min_of(units, from + per_task));
       });
@@ -309,6 +316,7 @@ class Runs {
     }
     const int64_t runs_task = max_of(1, ceil_div(runs, divided(total)));
     parallel(ceil_div(runs, runs_task), [&](int64_t task) {
+      const Fence fence{past};
       const int64_t end = min_of(runs, (task + 1) * runs_task);
       for (int64_t run = task * runs_task; run < end;) {
         const int64_t k = k_of(run), left = p.R0 == 1 ? K - k : p.K1 - k % p.K1;
@@ -457,7 +465,7 @@ class Runs {
     if (p.dy) r.dy = static_cast<const T*>(p.dy) + q.at;
     if (p.dx) r.dx = static_cast<T*>(p.dx) + q.at;
     if (p.dresidual) r.dresidual = static_cast<T*>(p.dresidual) + q.at;
-    r.ahead = ahead;
+    r.ahead = ahead, r.past = past;
     return r;
   }
 
@@ -497,16 +505,16 @@ class Runs {
   // ---- backward
 
   // The gradient before an activation that is dear to compute is left for the second pass: in dresidual or dx where
-  // they have the accumulation type, else in a buffer if the statistic's values are few.
+  // they have the accumulation type and are read back from the cache, else in a buffer if the statistic's values are few.
+  bool in_output() const { return sizeof(T) == sizeof(A) && !past; }
   bool can_park(int64_t values) const {
     if (kind < SILU) return false;
-    if (sizeof(T) == sizeof(A)) return p.dresidual || p.dx;
-    return values <= 65536;
+    return in_output() ? p.dresidual || p.dx : values <= PARK;
   }
-  bool park_into(Buffer<A>& park, int64_t values) const { return sizeof(T) == sizeof(A) || park.allocate(values); }
+  bool park_into(Buffer<A>& park, int64_t values) const { return in_output() || park.allocate(values); }
   A* parked_output(int64_t at) const { return static_cast<A*>(p.dresidual ? p.dresidual : p.dx) + at; }
-  A* park_at(A* park, const Piece& q) const { return sizeof(T) == sizeof(A) ? parked_output(q.at) : park + q.park; }
-  int64_t park_stride(const Piece& q) const { return sizeof(T) == sizeof(A) ? q.stride : q.park_stride; }
+  A* park_at(A* park, const Piece& q) const { return in_output() ? parked_output(q.at) : park + q.park; }
+  int64_t park_stride(const Piece& q) const { return in_output() ? q.stride : q.park_stride; }
 
   EVENLY_INLINE void reduce(const Piece& q, Table& table, A* park) const {
     fill(q, table);
@@ -672,6 +680,7 @@ class Runs {
     }
     std::atomic<int> status{OK};
     parallel(parts, [&](int64_t part) {
+      const Fence fence{past};
       A* dw = direct ? static_cast<A*>(p.dweight) : partial.data + 2 * part * g.period;
       A* db = direct ? static_cast<A*>(p.dbias) : dw + g.period;
       Buffer<A> park;

@@ -43,9 +43,25 @@ EVENLY_INLINE V raw_load(const S* p) {
   __builtin_memcpy(&v, p, sizeof(V));
   return v;
 }
-template <class V, class S>
+// PAST: past the caches, so that the line need not be read before it is written; p must be a multiple of the vector.
+template <bool PAST = false, class V, class S>
 EVENLY_INLINE void raw_store(S* p, V v) {
+#if defined(__AVX512F__)
+  if constexpr (PAST && sizeof(V) == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), as<__m512i>(v));
+#endif
+#if defined(__AVX__)
+  if constexpr (PAST && sizeof(V) == 32) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), as<__m256i>(v));
+#endif
+#if defined(__SSE2__)
+  if constexpr (PAST && sizeof(V) == 16) return _mm_stream_si128(reinterpret_cast<__m128i*>(p), as<__m128i>(v));
+#endif
   __builtin_memcpy(p, &v, sizeof(V));
+}
+// What was written past the caches is seen by others from here on.
+EVENLY_INLINE void fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
 }
 
 EVENLY_INLINE vf splat(float s) { return s - vf{}; }
@@ -141,7 +157,10 @@ struct Tr<float> {
   using M = vi;
   static constexpr int W = WF;
   static EVENLY_INLINE V load(const float* p) { return raw_load<V>(p); }
-  static EVENLY_INLINE void store(float* p, V v) { raw_store(p, v); }
+  template <bool PAST = false>
+  static EVENLY_INLINE void store(float* p, V v) {
+    raw_store<PAST>(p, v);
+  }
 };
 template <>
 struct Tr<double> {
@@ -150,7 +169,10 @@ struct Tr<double> {
   using M = vl;
   static constexpr int W = WD;
   static EVENLY_INLINE V load(const double* p) { return raw_load<V>(p); }
-  static EVENLY_INLINE void store(double* p, V v) { raw_store(p, v); }
+  template <bool PAST = false>
+  static EVENLY_INLINE void store(double* p, V v) {
+    raw_store<PAST>(p, v);
+  }
 };
 template <>
 struct Tr<bf16> {
@@ -159,7 +181,10 @@ struct Tr<bf16> {
   using M = vi;
   static constexpr int W = WF;
   static EVENLY_INLINE V load(const bf16* p) { return widen_bf16(raw_load<vh>(p)); }
-  static EVENLY_INLINE void store(bf16* p, V v) { raw_store(p, narrow_bf16(v)); }
+  template <bool PAST = false>
+  static EVENLY_INLINE void store(bf16* p, V v) {
+    raw_store<PAST>(p, narrow_bf16(v));
+  }
 };
 template <>
 struct Tr<f16> {
@@ -168,7 +193,10 @@ struct Tr<f16> {
   using M = vi;
   static constexpr int W = WF;
   static EVENLY_INLINE V load(const f16* p) { return widen_f16(raw_load<vh>(p)); }
-  static EVENLY_INLINE void store(f16* p, V v) { raw_store(p, narrow_f16(v)); }
+  template <bool PAST = false>
+  static EVENLY_INLINE void store(f16* p, V v) {
+    raw_store<PAST>(p, narrow_f16(v));
+  }
 };
 
 // The first n < W lanes; the others are zero.
@@ -296,11 +324,6 @@ EVENLY_INLINE void load_two(const T* p, typename Tr<T>::V& a, typename Tr<T>::V&
   a = Tr<T>::load(p);
   b = Tr<T>::load(p + Tr<T>::W);
 }
-template <bool MIX, class T>
-EVENLY_INLINE void store_two(T* p, typename Tr<T>::V a, typename Tr<T>::V b) {
-  Tr<T>::store(p, a);
-  Tr<T>::store(p + Tr<T>::W, b);
-}
 // A bfloat16 in the upper half; what is below has no meaning.
 EVENLY_INLINE vu rounded_bf16(vf v) {
   const vu u = as<vu>(v);
@@ -312,17 +335,27 @@ EVENLY_INLINE void load_two<true, bf16>(const bf16* p, vf& a, vf& b) {
   a = as<vf>(both << 16);
   b = as<vf>(both & 0xffff0000u);
 }
-template <>
-EVENLY_INLINE void store_two<true, bf16>(bf16* p, vf a, vf b) {
-  raw_store(p, (rounded_bf16(a) >> 16) | (rounded_bf16(b) & 0xffff0000u));
-}
+template <bool MIX, bool PAST, class T>
+EVENLY_INLINE void store_two_of(T* p, typename Tr<T>::V a, typename Tr<T>::V b) {
+  if constexpr (MIX && std::is_same_v<T, bf16>)
+    return raw_store<PAST>(p, (rounded_bf16(a) >> 16) | (rounded_bf16(b) & 0xffff0000u));
 #if defined(__AVX2__) && !defined(__AVX512F__)
-template <>
-EVENLY_INLINE void store_two<false, bf16>(bf16* p, vf a, vf b) {
-  const __m256i x = as<__m256i>(rounded_bf16(a) >> 16), y = as<__m256i>(rounded_bf16(b) >> 16);
-  raw_store(p, _mm256_permute4x64_epi64(_mm256_packus_epi32(x, y), 0xd8));
-}
+  if constexpr (std::is_same_v<T, bf16>) {
+    const __m256i x = as<__m256i>(rounded_bf16(a) >> 16), y = as<__m256i>(rounded_bf16(b) >> 16);
+    return raw_store<PAST>(p, _mm256_permute4x64_epi64(_mm256_packus_epi32(x, y), 0xd8));
+  }
 #endif
+  Tr<T>::template store<PAST>(p, a);
+  Tr<T>::template store<PAST>(p + Tr<T>::W, b);
+}
+// past: past the caches, where p allows it.
+template <bool MIX, class T>
+EVENLY_INLINE void store_two(T* p, typename Tr<T>::V a, typename Tr<T>::V b, bool past) {
+  if (past && reinterpret_cast<uintptr_t>(p) % EVENLY_VB == 0)
+    store_two_of<MIX, true>(p, a, b);
+  else
+    store_two_of<MIX, false>(p, a, b);
+}
 
 // The first n <= W lanes, where n is W everywhere but at the end of a run.
 template <class T>
