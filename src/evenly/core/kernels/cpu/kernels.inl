@@ -826,7 +826,6 @@ struct Sums {
   V g0{}, g1{}, d0{}, d1{};
   A* park = nullptr;  // where to leave the gradient before the activation
 
-  EVENLY_INLINE void settle(double* g, double* gd) const { sum_lanes(g0 + g1, d0 + d1, *g, *gd); }
   // On to sums in double, and from zero again.
   EVENLY_INLINE void move_to(vd& g, vd& gd) {
     g += widened(g0 + g1), gd += widened(d0 + d1);
@@ -895,14 +894,20 @@ void reduce_series(Run<T> run, int64_t n, Coefficients<T> k, const Series<T>& se
   constexpr int64_t ENOUGH = 64 * Tr<T>::W;  // values that lanes add up in their own type
   Sums<T> sums;
   vd all_g{}, all_gd{};
+  vd held_g[WD], held_gd[WD];  // of the last pieces, to be added up together
+  int held = 0;
   int64_t since = 0;
   for (int64_t j = 0;;) {
     series.set(k, j);
     sums.park = park ? park + j * park_stride : nullptr;
     reduce_run<T, KIND>(run, n, k, sums);
     if (!joined) {
-      sums.settle(g + j, gd + j);
+      held_g[held] = widened(sums.g0 + sums.g1), held_gd[held] = widened(sums.d0 + sums.d1);
       sums = Sums<T>();
+      if (++held == WD) {
+        raw_store(g, sums_of(held_g)), raw_store(gd, sums_of(held_gd));
+        g += WD, gd += WD, held = 0;
+      }
     } else if ((since += n) >= ENOUGH) {
       sums.move_to(all_g, all_gd);
       since = 0;
@@ -910,7 +915,10 @@ void reduce_series(Run<T> run, int64_t n, Coefficients<T> k, const Series<T>& se
     if (++j == series.many) break;
     advance(run, series, has_residual(KIND));
   }
-  if (!joined) return;
+  if (!joined) {
+    for (int i = 0; i < held; ++i) sum_lanes(held_g[i], held_gd[i], g[i], gd[i]);
+    return;
+  }
   sums.move_to(all_g, all_gd);
   sum_lanes(all_g, all_gd, *g, *gd);
 }

@@ -233,7 +233,7 @@ class Runs {
   void over_batches(int64_t threads, const F& f) const {
     const int64_t all = batches(), each = ceil_div(neighbours, batch);
     const int64_t group =
-        total < PARALLEL ? all : max_of(1, min_of(TASK / max_of(batch * n, 1), ceil_div(all, 4 * threads)));
+        total < PARALLEL ? all : max_of(1, min_of(TASK / max_of(batch * n, 1), all / (16 * threads)));
     parallel(ceil_div(all, group), [&](int64_t task) {
       const Fence fence{past};
       for (int64_t i = task * group; i < min_of(all, (task + 1) * group); ++i) {
@@ -382,6 +382,8 @@ class Runs {
     }
   }
 
+  // Where the gradient before the activation is known without the rest of (x - m)*a + b.
+  bool only_means() const { return p.dy && (kind == PLAIN || kind == SIGN_BITS) && g.mode == SCALAR; }
   // (x - m)*a + b
   template <bool OWN>
   EVENLY_INLINE void fill_some(int64_t many, const Numbers& of, const A* __restrict w, const A* __restrict bias,
@@ -400,8 +402,17 @@ class Runs {
   void fill(const Piece& q, Table& t) const {
     if (!q.fresh || (t.at == q.at && t.count == q.count)) return;
     t.at = q.at, t.count = q.count;
+    const int64_t count = q.same ? 1 : q.count;
+    if (only_means()) {
+      const A* m = static_cast<const A*>(p.stats) + q.k;
+      if (q.each == 1) std::memcpy(t.m, m, sizeof(A) * static_cast<size_t>(count));
+      if (q.each > 1)
+        for (int64_t j = 0; j < count; ++m)
+          for (const int64_t end = min_of(count, j + q.each); j < end; ++j) t.m[j] = *m;
+      return;
+    }
     const bool lift = !p.center && p.scale == SCALE_STD && !p.given;
-    look_up(q, q.same ? 1 : q.count, [&](int64_t j, int64_t many, const Numbers& of, const A* w, const A* bias) {
+    look_up(q, count, [&](int64_t j, int64_t many, const Numbers& of, const A* w, const A* bias) {
       if (of.own)
         fill_some<true>(many, of, w, bias, lift, t.m + j, t.a + j, t.b + j);
       else
@@ -586,7 +597,17 @@ class Runs {
       }
     } else if (!p.given) {
       const bool one_each = units_seg == 1 && p.wsize > 1;
-      for (int64_t j = 0; j < many; ++j)
+      const bool few = one_each && p.R0 == 1 && units < 8 && p.wsize % units == 0;
+      if (few) {
+        const double* one = sums_g + k * units;
+        const double* one_d = sums_gd + k * units;
+        for (int64_t j = 0, i = index_of(run_of(k, 0), 0); j < many; ++j, i = i + units == p.wsize ? 0 : i + units)
+          for (int64_t u = 0; u < units; ++u, ++one, ++one_d) {
+            const double w = weight_at(i + u);
+            sum[0][j] += w * *one, sum[1][j] += w * *one_d;
+          }
+      }
+      for (int64_t j = 0; j < many && !few; ++j)
         for (int64_t r0 = 0; r0 < p.R0; ++r0) {
           const int64_t run = run_of(k + j, r0);
           const double* one = sums_g + (r0 * K + k + j) * units;
@@ -648,7 +669,20 @@ class Runs {
           for (int64_t j = 0; j < many; ++j) add(i + j, k + j, at + j);
           k += many;
         } else {
-          if (one_each) {
+          if (one_each && each < MANY && p.R0 == 1 && p.wsize % each == 0) {  // several statistics at a time
+            const int64_t i = index_of(run, 0), many = min_of((p.wsize - i) / each, min_of(K - k, MANY));
+            A r[MANY * MANY], c[MANY * MANY];
+            for (int64_t j = 0; j < many; ++j) {
+              const double m = s[k + j], one = s[K + k + j], low = s[2 * K + k + j];
+              const A shift = static_cast<A>((lift ? (m + low) * one : 0) - low * one);
+              for (int64_t u = 0; u < each; ++u) r[j * each + u] = s[K + k + j], c[j * each + u] = shift;
+            }
+            for (int64_t j = 0; j < many * each; ++j) {
+              dw[i + j] += static_cast<double>(r[j]) * sums_gd[at + j] + static_cast<double>(c[j]) * sums_g[at + j];
+              db[i + j] += sums_g[at + j];
+            }
+            k += many - 1;
+          } else if (one_each) {
             int64_t i = index_of(run, 0);
             for (int64_t u = 0; u < each;) {
               const int64_t many = min_of(p.wsize - i, each - u);

@@ -462,6 +462,29 @@ EVENLY_INLINE void sum_lanes(vf a, vf b, double& sum_a, double& sum_b) {
   sum_lanes(widened(a), widened(b), sum_a, sum_b);
 }
 
+// The sums of as many vectors as one has lanes, each added up as by sum_lanes().
+EVENLY_INLINE vd sums_of(const vd (&v)[WD]) {
+#if defined(__AVX512F__)
+  auto halves = [&](int a, int b) __attribute__((always_inline)) {
+    const __m512d x = as<__m512d>(v[a]), y = as<__m512d>(v[b]);
+    return _mm512_add_pd(_mm512_shuffle_f64x2(x, y, 0x44), _mm512_shuffle_f64x2(x, y, 0xee));
+  };
+  auto pairs = [](__m512d x, __m512d y) __attribute__((always_inline)) {
+    return _mm512_add_pd(_mm512_unpacklo_pd(x, y), _mm512_unpackhi_pd(x, y));
+  };
+  const __m512d x = pairs(halves(0, 2), halves(1, 3)), y = pairs(halves(4, 6), halves(5, 7));
+  return as<vd>(_mm512_add_pd(_mm512_shuffle_f64x2(x, y, 0x88), _mm512_shuffle_f64x2(x, y, 0xdd)));
+#elif defined(__AVX__)
+  const __m256d x = _mm256_hadd_pd(as<__m256d>(v[0]), as<__m256d>(v[1]));
+  const __m256d y = _mm256_hadd_pd(as<__m256d>(v[2]), as<__m256d>(v[3]));
+  return as<vd>(_mm256_add_pd(_mm256_permute2f128_pd(x, y, 0x20), _mm256_permute2f128_pd(x, y, 0x31)));
+#else
+  vd out;
+  for (int i = 0; i < WD; ++i) out[i] = sum_lanes(v[i]);
+  return out;
+#endif
+}
+
 // 1 / sqrt(v + more) of n values, to what a float can hold and then some (A float), or as exact as it is written.
 template <class A>
 EVENLY_INLINE void inverse_roots(const double* v, double more, double* out, int64_t n) {
