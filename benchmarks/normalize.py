@@ -6,12 +6,12 @@
     python benchmarks/normalize.py --device cuda
     python benchmarks/normalize.py --clock cpu           # on a busy machine: CPU time of one thread
 
-All contestants of a cell run interleaved in one process; a number is the median of several rounds. Both the forward
-pass without gradient and forward + backward are timed. The limit is the time of copies that move the same bytes, a
-copy of the input that allocates its output: one (forward), 2.5 (forward + backward: read x, write y; read x and dy,
-write dx), with a residual 1.5 and 3.5 (it is read, and its gradient written). Ratios above 1 mean that evenly is faster
-than the peer; ours / limit is how many times the limit it takes, below 1 where it writes past the caches and PyTorch's
-copy does not.
+All contestants of a cell run interleaved in one process, in another order each round; a number is the median of
+several rounds. Both the forward pass without gradient and forward + backward are timed. The limit is the time of copies
+that move the same bytes, a copy of the input that allocates its output: one (forward), 2.5 (forward + backward: read x,
+write y; read x and dy, write dx), with a residual 1.5 and 3.5 (it is read, and its gradient written). Ratios above 1
+mean that evenly is faster than the peer; ours / limit is how many times the limit it takes, below 1 where it writes
+past the caches and PyTorch's copy does not.
 
 On CUDA times are those between events, the bandwidth of a copy of 1 GiB is printed first, and Liger-Kernel is a peer
 where it is installed (layer, RMS and group norm, plain).
@@ -23,6 +23,7 @@ import argparse
 import importlib.util
 import json
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -264,15 +265,21 @@ def interleaved(
     rounds: int,
     seconds: float,
 ) -> dict[str, float]:
-    """Median seconds of each, run in turn."""
+    """Median seconds of each, run in turn, in another order each round: who follows finds what the one before left.
+
+    Memory that one gives back to the system the next has to ask for, page by page.
+    """
     times: dict[str, list[float]] = {name: [] for name in contestants}
     repeats = {}
     for name, run in contestants.items():
         timer(run, 1)
         repeats[name] = max(1, min(100, int(1e-3 / max(timer(run, 1), 1e-7))))
     begin = time.perf_counter()
+    order = random.Random(0)
+    turns = list(contestants.items())
     for number in range(rounds):
-        for name, run in contestants.items():
+        order.shuffle(turns)
+        for name, run in turns:
             times[name].append(timer(run, repeats[name]) / repeats[name])
         if number >= 4 and time.perf_counter() - begin > seconds:
             break
