@@ -211,6 +211,32 @@ def test_moments_and_their_gradients(launch, pattern, shape, last):
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("act", [None, "relu", "silu"])
+@pytest.mark.parametrize(("pattern", "shape", "last"), PATTERNS)
+def test_statistics_with_gradients(launch, pattern, shape, last, act):
+    """Measured, changed and given back: by kernels, and as the reference in float64."""
+    torch.manual_seed(0)
+    x, r, dy = laid(shape, last) + 3, laid(shape, last), laid(shape, last)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        inputs = [t.detach().to(dtype).requires_grad_() for t in (x, r)]
+        if dtype == torch.float32:
+            m = evenly.moments(inputs[0], pattern)
+            y = evenly.normalize(
+                inputs[0], pattern, residual=inputs[1], activation=act, stats=(m.mean * 1.5, m.var * 0.7 + 0.3)
+            )
+            assert type(y.grad_fn).__name__ == "NormalizeGivenBackward"
+            assert isinstance(y.grad_fn.entry, launches.CudaEntry)
+        else:
+            plan = bind(pattern, x.shape)
+            mean, var, _ = reference.measure(inputs[0], plan, mask=None, groups=None, correction=0)
+            call = reference.Call(residual=inputs[1], activation=act, mean=mean * 1.5, var=var * 0.7 + 0.3)
+            y = reference.normalize(inputs[0], plan, call).y
+        found.append((y, *torch.autograd.grad(y, inputs, dy.to(dtype))))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+
+
 def evenly_reference(x: Tensor, pattern: str) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     result = reference.normalize(x, bind(pattern, x.shape), reference.Call(want_stats=True))
     return result.y, (result.mean, result.var)

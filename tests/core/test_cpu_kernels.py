@@ -11,9 +11,9 @@ import subprocess
 import sys
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -426,6 +426,107 @@ def test_given_statistics_are_returned():
     y, m = evenly.normalize(x, "n c l -> c", stats=(mean, var), return_stats=True)
     assert torch.equal(m.mean, mean) and torch.equal(m.var, var) and (m.count == 35).all()
     torch.testing.assert_close(y, (x - mean[:, None]) / (var[:, None] + 1e-5).sqrt())
+
+
+SHARED = [
+    ("n c h w -> c", (4, 6, 5, 7), False, "c"),
+    ("n c h w -> c", (4, 6, 5, 7), True, "c"),
+    ("n c h w -> c", (4, 6, 5, 7), True, None),
+    ("n c -> n", (30, 50), False, "n"),
+    ("n c -> ", (30, 50), False, None),
+    ("n c h w -> n c", (4, 6, 5, 7), False, None),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("act", [None, "relu", "silu"])
+@pytest.mark.parametrize(("pattern", "shape", "last", "affine"), SHARED)
+def test_statistics_with_gradients(pattern, shape, last, affine, act, dtype):
+    """What processes share: measured, changed and given back, all of it differentiable and all by kernels."""
+    torch.manual_seed(0)
+
+    def laid() -> Tensor:
+        t = torch.randn(shape).to(dtype)
+        return t.contiguous(memory_format=torch.channels_last) if last else t
+
+    x, r, dy = laid() * 2 + 1, laid(), laid()
+    features = None if affine is None else shape[pattern.split("->")[0].split().index(affine)]
+    whole = [None if features is None else (torch.rand(features) + 0.5).to(dtype) for _ in range(2)]
+    for weight, bias, residual in ((whole[0], whole[1], r), (whole[0], None, None), (None, whole[1], None)):
+        for options in ({}, {"scale": None}, {"center": False}):
+            found = []
+            for wide in (False, True):
+                inputs = [None if t is None else t.detach().to(torch.float64 if wide else dtype).requires_grad_()
+                          for t in (x, weight, bias, residual)]  # fmt: skip
+
+                def run(inputs=inputs, options=options):
+                    m = evenly.moments(inputs[0], pattern, correction=1)
+                    stats = (m.mean * 1.5 + 0.1, m.var * 0.7 + 0.3)
+                    return evenly.normalize(
+                        inputs[0], pattern, weight=inputs[1], bias=inputs[2], affine=affine, residual=inputs[3],
+                        activation=act, stats=stats, **options,
+                    )  # fmt: skip
+
+                y = by_the_reference(run) if wide else run()
+                assert (type(y.grad_fn).__name__ == "NormalizeGivenBackward") != wide
+                leaf = [t for t in inputs if t is not None]
+                found.append((y, *torch.autograd.grad(y, leaf, dy.to(y.dtype))))
+            for number, (got, want) in enumerate(zip(*found, strict=True)):
+                size = want.abs().max() + dy.abs().max().double() * (number > 0)
+                slack = 40 if got.ndim < 2 else 4
+                assert (got.double() - want).abs().max() <= slack * TOLERANCE[dtype] * size, (number, options)
+
+
+def by_the_reference(run: Callable[[], Tensor]) -> Tensor:
+    """What PyTorch operators compute."""
+    registered = kernels._backends[:]
+    kernels._backends.clear()
+    operator._quick.clear()
+    measured, operator.measure = operator.measure, lambda *a: None
+    try:
+        return run()
+    finally:
+        operator.measure = measured
+        kernels._backends.extend(registered)
+        operator._quick.clear()
+
+
+def test_statistics_with_gradients_twice():
+    """Second derivatives, transforms, and means alone."""
+    x = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
+
+    def given(x: Tensor) -> Tensor:
+        m = evenly.moments(x, "n c l -> c")
+        return evenly.normalize(x, "n c l -> c", stats=(m.mean * 1.1, m.var * 1.2), activation="silu")
+
+    def measured(x: Tensor) -> tuple[Tensor, Tensor]:
+        return evenly.moments(x, "n c l -> c", correction=1)[:2]
+
+    for run in (given, measured):
+        assert torch.autograd.gradcheck(run, x)
+        assert torch.autograd.gradgradcheck(run, x)
+    assert type(given(x).grad_fn).__name__ == "NormalizeGivenBackward"
+    want = torch.autograd.functional.jacobian(given, x)
+    torch.testing.assert_close(torch.func.jacrev(given)(x), want)
+    torch.testing.assert_close(torch.func.jacfwd(given)(x), want)
+    with_nan = x.detach().clone()
+    with_nan[0, 0, 0] = float("nan")
+    (dx,) = torch.autograd.grad(measured(with_nan.requires_grad_())[0].sum(), with_nan)
+    torch.testing.assert_close(dx, torch.full_like(dx, 1 / 15))
+
+
+def test_shared_statistics_in_low_memory():
+    """The output is computed again from the statistics of that moment."""
+    torch.manual_seed(0)
+    x, w = torch.randn(4, 6, 5, 7, requires_grad=True), torch.randn(6, 6, 1, 1, requires_grad=True)
+    layer = evenly.nn.BatchNorm(6, sync=True, activation="relu")
+    found = []
+    for context in (nullcontext(), evenly.nn.low_memory()):
+        with context:
+            y = F.conv2d(layer(F.conv2d(x, w)), w)
+        layer.weight.data.add_(0)  # not seen by autograd
+        found.append(torch.autograd.grad(y.square().sum(), (x, w, layer.weight, layer.bias)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_second_derivative_with_a_mask():

@@ -198,8 +198,8 @@ class Entry(ABC):
         """Gradients of x, weight, bias and residual, those that are needed; without ``stats`` they are measured."""
 
     @abstractmethod
-    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance, flat."""
+    def moments(self, x: Tensor, stats: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and variance, flat; ``stats`` are filled."""
 
     @abstractmethod
     def positive(self, bits: Tensor, x: Tensor) -> Tensor:
@@ -278,8 +278,10 @@ def _static(x: Tensor, call: Call) -> bool:
     if given and call.want_stats and (call.var is None or call.mask is not None):
         return False
     for stat in (call.mean, call.var):
-        if stat is not None and (stat.requires_grad or stat.device != device):
+        if stat is not None and stat.device != device:
             return False
+    if _graded(call) and (call.mask is not None or torch.compiler.is_compiling()):
+        return False
     if call.residual is not None and (call.residual.dtype != x.dtype or call.residual.device != device):
         return False
     first = call.weight if call.weight is not None else call.bias
@@ -298,6 +300,11 @@ def _static(x: Tensor, call: Call) -> bool:
         if parameter.shape != first.shape or (parameter.dtype == torch.float64) > (x.dtype == torch.float64):
             return False
     return True
+
+
+def _graded(call: Call) -> bool:
+    """Whether the statistics that are given are to have a gradient."""
+    return torch.is_grad_enabled() and any(stat is not None and stat.requires_grad for stat in (call.mean, call.var))
 
 
 def _entry(x: Tensor, plan: Plan, call: Call) -> Entry | None:
@@ -356,6 +363,22 @@ def _build(
             index = weight_index(plan, order, call.affine)
     if index is None:
         return None
+    return _made(x, plan, call, order, lowered, index, first, given=given, signs=signs, where=where)
+
+
+def _made(
+    x: Tensor,
+    plan: Plan,
+    call: Call,
+    order: tuple[int, ...],
+    lowered: Block,
+    index: tuple[int, int],
+    first: Tensor | None,
+    *,
+    given: bool,
+    signs: bool,
+    where: tuple[int, int, int] | None = None,
+) -> Entry | None:
     options = {
         "center": call.center,
         "scale": call.scale,
@@ -372,6 +395,48 @@ def _build(
         return None
 
 
+def _entry_of_statistics(x: Tensor, plan: Plan, call: Call) -> Entry | None:
+    """The entry for a call whose statistics are given and have a gradient; None if no kernel takes it.
+
+    That gradient follows from those of a weight and a bias for each statistic.
+    """
+    order = dense_order(x)
+    assert order is not None
+    first = call.weight if call.weight is not None else call.bias
+    shape = None if first is None else first.shape
+    key = ("statistics", order, x.dtype, x.device, call.center, call.scale, call.eps, call.affine, shape,
+           call.activation, call.residual is None)  # fmt: skip
+    found = plan.cache.get(key, False)
+    if found is not False:
+        return found
+    entry = _build_of_statistics(x, plan, call, order, first)
+    plan.cache[key] = entry
+    return entry
+
+
+def _build_of_statistics(
+    x: Tensor, plan: Plan, call: Call, order: tuple[int, ...], first: Tensor | None
+) -> Entry | None:
+    lowered = block(plan, order)
+    if lowered is None or lowered.kept != tuple(sorted(lowered.kept)):
+        return None
+    k0, r0, k1, r1 = lowered.sizes
+    index = (1, 1) if k0 * k1 == 1 else (r1, k0 * k1)
+    if k0 != 1 and r0 != 1:
+        return None
+    if first is not None:
+        if first.numel() != k0 * k1:
+            return None
+        if first.ndim != 0:
+            plan.affine_in(first, call.affine, "weight" if call.weight is not None else "bias")
+            assert call.affine is not None
+            if weight_index(plan, order, call.affine) != index:
+                return None
+    like = x.new_empty(k0 * k1 if first is None else first.shape, dtype=reference.accumulate_dtype(x.dtype))
+    signs = call.activation == "relu" and call.residual is not None
+    return _made(x, plan, call, order, lowered, index, like, given=True, signs=signs)
+
+
 def _dense(x: Tensor) -> Tensor:
     """``x``, copied once if its memory has gaps."""
     x = x.resolve_neg()
@@ -384,13 +449,15 @@ def supports(x: Tensor, plan: Plan, call: Call) -> bool:
         return False
     if x.numel() == 0 or not _ordinary() or type(x) not in _PLAIN:
         return False
-    return _entry(_dense(x), plan, call) is not None
+    find = _entry_of_statistics if _graded(call) else _entry
+    return find(_dense(x), plan, call) is not None
 
 
 def run(x: Tensor, plan: Plan, call: Call) -> Result:
     """Compute a call that is supported."""
     x = _dense(x)
-    entry = _entry(x, plan, call)
+    graded = _graded(call)
+    entry = _entry_of_statistics(x, plan, call) if graded else _entry(x, plan, call)
     assert entry is not None
     given = MEASURED
     if call.mean is not None or call.var is not None:
@@ -400,7 +467,10 @@ def run(x: Tensor, plan: Plan, call: Call) -> Result:
         )
     measures = call.want_stats and given is MEASURED
     mask = None if call.mask is None else laid_mask(x.shape, entry.order, call.mask)
-    out = _apply(entry, x, call.weight, call.bias, call.residual, given, measures, mask=mask)
+    if graded:
+        out = (_apply_statistics(entry, x, call, given), None, None)
+    else:
+        out = _apply(entry, x, call.weight, call.bias, call.residual, given, measures, mask=mask)
     y, mean, var = out[:3]
     if not call.want_stats:
         return Result(y, None, None, None)
@@ -455,16 +525,34 @@ def _apply(
     return y, *moments, stats[3]
 
 
+def _apply_statistics(
+    entry: Entry, x: Tensor, call: Call, given: tuple[Tensor | None, Tensor | None]
+) -> Tensor:
+    """The output, differentiable in the statistics that are given."""
+    like = entry.stats_like.new_empty(()).expand(entry.weight_shape or ())
+    weight = torch.ones_like(like) if call.weight is None else call.weight.to(like.dtype).contiguous()
+    bias = torch.zeros_like(like) if call.bias is None else call.bias.to(like.dtype).contiguous()
+    return NormalizeGiven.apply(x, weight, bias, call.residual, *given, entry)
+
+
 def measure(x: Tensor, plan: Plan, correction: float) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Mean, variance and count without gradient; None if no kernel takes the call."""
-    call = Call(scale=None, correction=correction, want_stats=True)
-    if (_grad_enabled() and x.requires_grad) or not supports(x, plan, call):
+    """Mean, variance and count; None if no kernel takes the call."""
+    graded = _grad_enabled() and x.requires_grad
+    # the weight makes nothing of a gradient of values that there is not, see Measure
+    call = Call(
+        scale=None,
+        correction=correction,
+        weight=x.new_zeros((), dtype=reference.accumulate_dtype(x.dtype)) if graded else None,
+        want_stats=True,
+    )
+    if (graded and plan.count <= correction) or not supports(x, plan, call):
         return None
     x = _dense(x)
     entry = _entry(x, plan, call)
     assert entry is not None
-    mean, var = (entry.shaped(stat) for stat in entry.moments(x))
-    return mean, var, torch.full_like(var, plan.count)
+    found = Measure.apply(x, call.weight, entry) if graded else entry.moments(x)
+    mean, var = (entry.shaped(stat) for stat in found)
+    return mean, var, torch.full_like(var, plan.count, requires_grad=False)
 
 
 # ---- the shortest way -----------------------------------------------------------------------------------------------
@@ -474,6 +562,8 @@ _quick: dict[tuple[Any, ...], Entry] = {}
 
 def remember(key: tuple[Any, ...], x: Tensor, plan: Plan, call: Call) -> None:
     """Let the next call with this key, in this memory layout, take the short way."""
+    if _graded(call):
+        return
     first = call.weight if call.weight is not None else call.bias
     if dense_order(x) is not None and supports(x, plan, call) and (first is None or call.affine is not None):
         entry = _entry(x, plan, call)
@@ -627,7 +717,8 @@ class Normalize(torch.autograd.Function):
         x, weight, bias, stats = saved[:4]
         residual, bits, mask = saved[4:] if len(saved) > 4 else (None, None, None)
         if _grad_enabled() or not _ordinary():
-            return (*_differentiable(ctx, (x, weight, bias, residual), bits, mask, needs, dy, dmean, dvar), None)
+            saved = (x, weight, bias, residual, *ctx.spec[1])
+            return (*_differentiable(entry, saved, bits, mask, needs, dy, dmean, dvar)[:4], None)
         if dy is None:
             dy = torch.zeros_like(x)
         dy = entry.like(dy, x)
@@ -638,6 +729,99 @@ class Normalize(torch.autograd.Function):
         if dvar is not None:
             dvar = dvar.contiguous()
         return (*entry.backward(dy, x, weight, bias, residual, stats, bits, needs, dmean, dvar, mask), None)
+
+
+class NormalizeGiven(torch.autograd.Function):
+    """The same with statistics that are given and have a gradient, such as those that processes share.
+
+    With :math:`y = (x - m) r w + b`, :math:`r = (v + \\epsilon)^{-1/2}` and a weight and a bias for each statistic
+
+    .. math:: dm = -r w \\, db, \\qquad dv = -\\tfrac12 r^2 w \\, dw.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        residual: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        entry: Entry,
+    ) -> Tensor:
+        given = (mean, var)
+        stats = torch.empty_like(entry.stats_like)
+        bits = torch.empty(entry.signs, dtype=torch.uint8, device=entry.device) if entry.signs else None
+        laid = None if residual is None else entry.like(residual, x)
+        y = entry.forward(x, weight, bias, laid, stats, bits, given)
+        keep = residual if entry.activation is not None and bits is None else None
+        ctx.entry = entry
+        ctx.save_for_backward(x, weight, bias, stats, keep, bits, mean, var)
+        if recompute.watching():
+            _announce(entry, given, y, x, weight, bias, residual, stats)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        entry: Entry = ctx.entry
+        x, weight, bias, stats, residual, bits, mean, var = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if _grad_enabled() or not _ordinary():
+            saved = (x, weight, bias, residual, mean, var)
+            return (*_differentiable(entry, saved, bits, None, needs, dy, None, None), None)
+        if residual is not None:
+            residual = entry.like(residual, x)
+        wanted = (needs[0], needs[1] or needs[5], needs[2] or needs[4], needs[3])
+        dx, dw, db, dr = entry.backward(entry.like(dy, x), x, weight, bias, residual, stats, bits, wanted)
+        dmean = dvar = None
+        slope = stats[1] * weight.flatten()
+        if needs[4]:
+            assert db is not None
+            dmean = (-slope * db.flatten()).view_as(mean)
+        if needs[5]:
+            assert dw is not None
+            dvar = (-0.5 * stats[1] * slope * dw.flatten()).view_as(var)
+        return dx, dw if needs[1] else None, db if needs[2] else None, dr, dmean, dvar, None
+
+
+class Measure(torch.autograd.Function):
+    """Mean and variance, flat.
+
+    Their gradient is the backward pass of a normalization that divides by nothing, whose output has no gradient:
+    ``weight`` is a zero, and ``x`` stands where the gradient of the output would.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, entry: Entry) -> tuple[Tensor, Tensor]:
+        stats = torch.empty_like(entry.stats_like)
+        ctx.entry = entry
+        ctx.save_for_backward(x, weight, stats)
+        ctx.set_materialize_grads(False)
+        return entry.moments(x, stats)
+
+    @staticmethod
+    def backward(ctx: Any, dmean: Tensor | None, dvar: Tensor | None) -> Any:
+        entry: Entry = ctx.entry
+        x, weight, stats = ctx.saved_tensors
+        plan = entry.plan
+        if dmean is None and dvar is None:
+            return None, None, None
+        if dvar is None or _grad_enabled() or not _ordinary():
+            with torch.enable_grad():
+                leaf = x.view_as(x)
+                mean, var, _ = reference.measure(
+                    leaf, plan, mask=None, groups=None, correction=entry.options["correction"]
+                )
+                pairs = [(s, entry.shaped(d)) for s, d in ((mean, dmean), (var, dvar)) if d is not None]
+                outputs, grads = zip(*pairs, strict=True)
+                (dx,) = torch.autograd.grad(outputs, leaf, grads, create_graph=torch.is_grad_enabled())
+            return dx, None, None
+        dx = entry.backward(
+            x, x, weight, None, None, stats, None, (True, False, False, False),
+            None if dmean is None else dmean.contiguous(), dvar.contiguous(),
+        )[0]  # fmt: skip
+        return dx, None, None
 
 
 def _announce(
@@ -680,7 +864,7 @@ _function = applied(Normalize)
 
 
 def _differentiable(
-    ctx: Any,
+    entry: Entry,
     saved: tuple[Tensor | None, ...],
     bits: Tensor | None,
     mask: Tensor | None,
@@ -689,10 +873,13 @@ def _differentiable(
     dmean: Tensor | None,
     dvar: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients by PyTorch operators, so that they have derivatives themselves."""
-    entry, given = ctx.spec[:2]
-    x, _, _, residual = saved
+    """The gradients by PyTorch operators, so that they have derivatives themselves.
+
+    ``saved`` are x, weight, bias, residual and the statistics that were given.
+    """
+    x, residual = saved[0], saved[3]
     assert x is not None
+    needs = (*needs[:4], False, False) if len(needs) < 6 else needs[:6]
     options = dict(entry.options)
     through: Tensor | None = None
     if bits is not None:
@@ -701,7 +888,6 @@ def _differentiable(
         options["activation"] = None
     if needs[3] and residual is None:
         through = dy
-    mean, var = given
     plan = entry.plan
     if mask is not None:
         mask = mask.permute([entry.order.index(axis) for axis in range(x.ndim)])
@@ -716,8 +902,8 @@ def _differentiable(
             bias=inputs[2],
             residual=inputs[3],
             mask=mask,
-            mean=None if mean is None else entry.shaped(mean.to(entry.stats_dtype)),
-            var=None if var is None else entry.shaped(var.to(entry.stats_dtype)),
+            mean=None if inputs[4] is None else entry.shaped(inputs[4].to(entry.stats_dtype)),
+            var=None if inputs[5] is None else entry.shaped(inputs[5].to(entry.stats_dtype)),
             want_stats=dmean is not None or dvar is not None,
         )
         assert inputs[0] is not None
@@ -728,13 +914,13 @@ def _differentiable(
                 outputs.append(out)
                 grads.append(grad if out is result.y else grad.reshape(plan.stat_shape))
         outputs = [out if out is result.y else _unshaped(entry, out) for out in outputs]
-        wanted = [t for t, need in zip(inputs, needs[:4], strict=True) if t is not None and need]
+        wanted = [t for t, need in zip(inputs, needs, strict=True) if t is not None and need]
         found = iter(
             torch.autograd.grad(outputs, wanted, grads, create_graph=torch.is_grad_enabled(), allow_unused=True)
             if outputs and wanted
             else [None] * len(wanted)
         )
-    result_grads = [next(found) if t is not None and need else None for t, need in zip(inputs, needs[:4], strict=True)]
+    result_grads = [next(found) if t is not None and need else None for t, need in zip(inputs, needs, strict=True)]
     if needs[3] and through is not None:
         result_grads[3] = through
     return tuple(result_grads)

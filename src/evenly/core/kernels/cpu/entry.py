@@ -147,10 +147,10 @@ class CpuEntry(Entry):
         self.layout.again(x, y, stats, weight, bias, residual)
         return y
 
-    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance, flat."""
+    def moments(self, x: Tensor, stats: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and variance, flat; ``stats`` are filled."""
         mean, var = self.empty_moments()
-        self.layout.forward(x, *[None] * 8, mean, var, None, None, 0.0, 0)
+        self.layout.forward(x, None, stats, *[None] * 6, mean, var, None, None, 0.0, 0)
         return mean, var
 
     def backward(

@@ -194,10 +194,10 @@ class CudaEntry(Entry):
             self._forward(x, weight, bias, residual, y, stats, bits, given, moments, running)
         return y
 
-    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def moments(self, x: Tensor, stats: Tensor | None = None) -> tuple[Tensor, Tensor]:
         found = self.empty_moments()
         with _on(x):
-            self._forward(x, None, None, None, None, None, None, MEASURED, found, None)
+            self._forward(x, None, None, None, None, stats, None, MEASURED, found, None)
         return found
 
     def _forward(
