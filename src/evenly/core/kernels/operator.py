@@ -467,6 +467,7 @@ def run(x: Tensor, plan: Plan, call: Call) -> Result:
         )
     measures = call.want_stats and given is MEASURED
     mask = None if call.mask is None else laid_mask(x.shape, entry.order, call.mask)
+    out: Any
     if graded:
         out = (_apply_statistics(entry, x, call, given), None, None)
     else:
@@ -525,9 +526,7 @@ def _apply(
     return y, *moments, stats[3]
 
 
-def _apply_statistics(
-    entry: Entry, x: Tensor, call: Call, given: tuple[Tensor | None, Tensor | None]
-) -> Tensor:
+def _apply_statistics(entry: Entry, x: Tensor, call: Call, given: tuple[Tensor | None, Tensor | None]) -> Tensor:
     """The output, differentiable in the statistics that are given."""
     like = entry.stats_like.new_empty(()).expand(entry.weight_shape or ())
     weight = torch.ones_like(like) if call.weight is None else call.weight.to(like.dtype).contiguous()
