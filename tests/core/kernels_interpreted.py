@@ -322,7 +322,7 @@ def test_operator_of_the_compiler(launch):
     arguments = ("n c l -> c", [], [], "1", True, "std", 1e-5, 0.0, "silu", True)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(
-        torch.ops.evenly.fused_normalize.default, (x, w, b, r, None, None, *arguments), test_utils=checks
+        torch.ops.evenly.fused_normalize.default, (x, w, b, r, None, None, None, *arguments), test_utils=checks
     )
 
 

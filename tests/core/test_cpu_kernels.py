@@ -840,13 +840,16 @@ def test_opcheck(activation, dtype):
     w, b = (torch.randn(6, dtype=dtype, requires_grad=True) for _ in range(2))
     r = torch.randn_like(x, requires_grad=True)
     arguments = ("n c l -> c", [], [], "1", True, "std", 1e-5, 0.0, activation, True)
-    for residual in (None, r):
-        torch.library.opcheck(torch.ops.evenly.fused_normalize.default, (x, w, b, residual, None, None, *arguments))
-    _, stats, _, _ = torch.ops.evenly.fused_normalize(x, w, b, r, None, None, *arguments)
+    mask = torch.rand(4, 1, 10) < 0.7
+    for residual, flags in ((None, None), (r, None), (r, mask)):
+        torch.library.opcheck(
+            torch.ops.evenly.fused_normalize.default, (x, w, b, residual, None, None, flags, *arguments)
+        )
+    _, stats, _, _ = torch.ops.evenly.fused_normalize(x, w, b, r, None, None, None, *arguments)
     torch.library.opcheck(
         torch.ops.evenly.fused_normalize_backward.default,
         (
-            torch.randn_like(x), x.detach(), w.detach(), b.detach(), r.detach(), stats.detach(), None, None,
+            torch.randn_like(x), x.detach(), w.detach(), b.detach(), r.detach(), stats.detach(), None, None, None,
             *arguments[:-1], False, [True, True, True, True],
         ),
     )  # fmt: skip
@@ -865,6 +868,40 @@ def test_compiled_graph_has_one_operator():
     torch.testing.assert_close(run(x), evenly.normalize(x, "n (g c) l -> n g", g=3))
     assert any("fused_normalize" in name for name in seen), seen
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("flags", [(4, 1, 10), (4, 6, 1), (10,)], ids=str)
+@pytest.mark.parametrize("scale", ["std", "l1"])
+def test_compiled_with_a_mask(scale, flags):
+    """One operator, the bits of the same call outside, statistics and their count included."""
+    torch.manual_seed(0)
+    x, r, w = torch.randn(4, 6, 10), torch.randn(4, 6, 10), torch.rand(6)
+    mask = torch.rand(flags) < 0.7
+    seen = []
+
+    def backend(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    def run(x, r, w, mask):
+        return evenly.normalize(
+            x, "n c l -> c", weight=w, residual=r, mask=mask, scale=scale, return_stats=scale == "std"
+        )
+
+    torch._dynamo.reset()
+    found = []
+    for function in (run, torch.compile(run, fullgraph=True, backend=backend)):
+        leaves = [t.clone().requires_grad_() for t in (x, r, w)]
+        out = function(*leaves, mask)
+        y, m = out if scale == "std" else (out, None)
+        extra = () if m is None else (m.mean, m.var)
+        total = y.square().sum() + sum(((k + 1) * s.square()).sum() for k, s in enumerate(extra))
+        counts = () if m is None else (m.count,)
+        found.append((y, *extra, *counts, *torch.autograd.grad(total, leaves)))
+    torch._dynamo.reset()
+    assert any("fused_normalize" in name for name in seen), seen
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
 def test_export():

@@ -932,14 +932,15 @@ def _unshaped(entry: Entry, stat: Tensor) -> Tensor:
 # ---- operators for torch.compile and torch.export -------------------------------------------------------------------
 
 _SCHEMA = (
-    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mean, Tensor? var, str pattern, str[] names, "
-    "SymInt[] sizes, str affine, bool center, str scale, float eps, float correction, str activation, bool want_stats)"
-    " -> (Tensor y, Tensor stats, Tensor mean, Tensor var)"
+    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mean, Tensor? var, Tensor? mask, str pattern, "
+    "str[] names, SymInt[] sizes, str affine, bool center, str scale, float eps, float correction, str activation, "
+    "bool want_stats) -> (Tensor y, Tensor stats, Tensor mean, Tensor var)"
 )
 _SCHEMA_BACKWARD = (
     "(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor stats, Tensor? dmean, Tensor? dvar, "
-    "str pattern, str[] names, SymInt[] sizes, str affine, bool center, str scale, float eps, float correction, "
-    "str activation, bool given, bool[] needs) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)"
+    "Tensor? mask, str pattern, str[] names, SymInt[] sizes, str affine, bool center, str scale, float eps, "
+    "float correction, str activation, bool given, bool[] needs) "
+    "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)"
 )
 _library = torch.library.Library("evenly", "DEF")
 _library.define("fused_normalize" + _SCHEMA)
@@ -955,14 +956,18 @@ def _rebuilt(
     affine: str,
     options: tuple[Any, ...],
     given: bool,
-) -> Entry:
-    """The entry of an operator's arguments."""
+    mask: Tensor | None,
+) -> tuple[Entry, Tensor | None]:
+    """The entry of an operator's arguments, and the mask in the order of memory."""
     center, scale, eps, correction, activation = options
     plan = bind(pattern, x.shape, dict(zip(names, sizes, strict=True)))
     order = dense_order(x)
+    assert order is not None
+    where = None if mask is None else mask_index(x.shape, order, mask.shape)
+    laid = None if mask is None else laid_mask(x.shape, order, mask)
     groups = tuple(tuple(int(i) for i in group.split()) for group in affine.split(",")) if affine else None
     carried = None if first is None else (first.dtype, first.shape)
-    key = ("operator", order, x.dtype, x.device, options, affine, carried, given)
+    key = ("operator", order, x.dtype, x.device, options, affine, carried, given, where)
     entry = plan.cache.get(key)
     if entry is None:
         call = Call(
@@ -974,11 +979,10 @@ def _rebuilt(
             affine=groups,
             activation=activation or None,
         )
-        assert order is not None
-        entry = _build(x, plan, call, order, first, given=given, signs=False)
+        entry = _build(x, plan, call, order, first, given=given, signs=False, where=where)
         assert entry is not None
         plan.cache[key] = entry
-    return entry
+    return entry, laid
 
 
 def _filled(t: Tensor | None) -> Tensor | None:
@@ -992,6 +996,7 @@ def _operator(
     residual: Tensor | None,
     mean: Tensor | None,
     var: Tensor | None,
+    mask: Tensor | None,
     pattern: str,
     names: list[str],
     sizes: list[int],
@@ -1006,7 +1011,7 @@ def _operator(
     first = weight if weight is not None else bias
     given = mean is not None or var is not None
     options = (center, scale, eps, correction, activation)
-    entry = _rebuilt(x, first, pattern, names, sizes, affine, options, given)
+    entry, flags = _rebuilt(x, first, pattern, names, sizes, affine, options, given, mask)
     stats = torch.empty_like(entry.stats_like)
     moments = entry.empty_moments() if want_stats else (stats.new_empty(0), stats.new_empty(0))
     fixed = (
@@ -1015,7 +1020,7 @@ def _operator(
     )
     laid = None if residual is None else entry.like(residual, x)
     y = entry.forward(
-        x, _filled(weight), _filled(bias), laid, stats, given=fixed, moments=moments if want_stats else None
+        x, _filled(weight), _filled(bias), laid, stats, given=fixed, moments=moments if want_stats else None, mask=flags
     )
     return y, stats, *moments
 
@@ -1027,6 +1032,7 @@ def _operator_fake(
     residual: Tensor | None,
     mean: Tensor | None,
     var: Tensor | None,
+    mask: Tensor | None,
     pattern: str,
     names: list[str],
     sizes: list[int],
@@ -1038,7 +1044,7 @@ def _operator_fake(
         many = many * size
     dtype = reference.accumulate_dtype(x.dtype)
     kept = many if rest[-1] else 0
-    stats = x.new_empty((_rows(rest[2] or None, x.dtype, masked=False), many), dtype=dtype)
+    stats = x.new_empty((_rows(rest[2] or None, x.dtype, masked=mask is not None), many), dtype=dtype)
     return torch.empty_like(x), stats, x.new_empty(kept, dtype=dtype), x.new_empty(kept, dtype=dtype)
 
 
@@ -1051,6 +1057,7 @@ def _operator_backward(
     stats: Tensor,
     dmean: Tensor | None,
     dvar: Tensor | None,
+    mask: Tensor | None,
     pattern: str,
     names: list[str],
     sizes: list[int],
@@ -1065,11 +1072,13 @@ def _operator_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     first = weight if weight is not None else bias
     options = (center, scale, eps, correction, activation)
-    entry = _rebuilt(x, first, pattern, names, sizes, affine, options, given)
+    entry, flags = _rebuilt(x, first, pattern, names, sizes, affine, options, given, mask)
     laid = None if residual is None else entry.like(residual, x)
     weight, bias = _filled(weight), _filled(bias)
-    wanted = (needs[0], needs[1], needs[2], needs[3] and entry.activation is not None)
-    found = entry.backward(entry.like(dy, x), x, weight, bias, laid, stats, None, wanted, _filled(dmean), _filled(dvar))
+    wanted = (needs[0], needs[1], needs[2], needs[3] and (entry.activation is not None or mask is not None))
+    found = entry.backward(
+        entry.like(dy, x), x, weight, bias, laid, stats, None, wanted, _filled(dmean), _filled(dvar), flags
+    )
     nothing = (x.new_empty(0), x.new_empty(0), x.new_empty(0), x.new_empty(0))
     return tuple(n if f is None else f for f, n in zip(found, nothing, strict=True))  # type: ignore[return-value]
 
@@ -1077,7 +1086,7 @@ def _operator_backward(
 def _operator_backward_fake(
     dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    needs, activation = rest[-1], rest[-3]
+    needs, activation, mask = rest[-1], rest[-3], rest[3]
 
     def like(t: Tensor | None, need: bool) -> Tensor:
         return torch.empty_like(t, memory_format=torch.preserve_format) if t is not None and need else x.new_empty(0)
@@ -1089,14 +1098,14 @@ def _operator_backward_fake(
         like(x, needs[0]),
         parameter(weight, needs[1]),
         parameter(bias, needs[2]),
-        like(x, needs[3] and activation != ""),
+        like(x, needs[3] and (activation != "" or mask is not None)),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, residual, mean, var, *rest = inputs
+    x, weight, bias, residual, mean, var, mask, *rest = inputs
     keep = residual if rest[-2] else None
-    ctx.save_for_backward(x, weight, bias, keep, output[1])
+    ctx.save_for_backward(x, weight, bias, keep, output[1], mask)
     ctx.arguments = rest[:-1]
     ctx.want_stats = rest[-1]
     ctx.given = mean is not None or var is not None
@@ -1107,7 +1116,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _operator_autograd(
     ctx: Any, dy: Tensor | None, dstats: Tensor | None, dmean: Tensor | None, dvar: Tensor | None
 ) -> tuple[Any, ...]:
-    x, weight, bias, residual, stats = ctx.saved_tensors
+    x, weight, bias, residual, stats, mask = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:4])
     if dy is None:
         dy = torch.zeros_like(x)
@@ -1116,12 +1125,12 @@ def _operator_autograd(
     activation = ctx.arguments[-1]
     wanted = [needs[0], needs[1] and weight is not None, needs[2] and bias is not None, needs[3]]
     dx, dweight, dbias, dresidual = torch.ops.evenly.fused_normalize_backward(
-        dy, x, weight, bias, residual, stats, dmean, dvar, *ctx.arguments, ctx.given, wanted
+        dy, x, weight, bias, residual, stats, dmean, dvar, mask, *ctx.arguments, ctx.given, wanted
     )
-    if activation == "":
+    if activation == "" and mask is None:
         dresidual = dy
     grads = [g if need else None for g, need in zip((dx, dweight, dbias, dresidual), wanted, strict=True)]
-    return (*grads, *[None] * 12)
+    return (*grads, *[None] * 13)
 
 
 for _dispatch in ("CPU", "CUDA"):
@@ -1138,9 +1147,10 @@ def supports_compiled(x: Tensor, plan: Plan, call: Call) -> bool:
     """Whether the operator computes this call; asked while compiling, where sizes may be symbols."""
     if not _static(x, call) or not _served(x.device.type) or x.numel() == 0:
         return False
-    if call.mask is not None or (call.want_stats and (call.mean is not None or call.var is not None)):
+    if call.want_stats and (call.mean is not None or call.var is not None):
         return False
-    if x.device.type == "cuda" and (call.scale in ("l1", "max") or (call.scale == "l2" and x.dtype == torch.float64)):
+    own_norm = call.scale in ("l1", "max") or (call.scale == "l2" and x.dtype == torch.float64)
+    if x.device.type == "cuda" and (own_norm or call.mask is not None):
         return False  # as the constructor of its entries says
     order = tuple(range(x.ndim))
     lowered = block(plan, order)
@@ -1171,13 +1181,14 @@ def run_compiled(x: Tensor, plan: Plan, call: Call) -> Result:
         x = x.contiguous()
     affine = "" if call.affine is None else ",".join([" ".join([str(i) for i in group]) for group in call.affine])
     names, sizes = plan.named_sizes()
-    y, _, mean, var = torch.ops.evenly.fused_normalize(
+    y, stats, mean, var = torch.ops.evenly.fused_normalize(
         x,
         call.weight,
         call.bias,
         call.residual,
         call.mean if call.center else None,
         call.var if call.scale is not None else None,
+        call.mask,
         plan.resolved.text,
         names,
         sizes,
@@ -1193,4 +1204,6 @@ def run_compiled(x: Tensor, plan: Plan, call: Call) -> Result:
         return Result(y, None, None, None)
     mean = plan.statistic_out(mean.reshape(plan.stat_shape))
     var = plan.statistic_out(var.reshape(plan.stat_shape))
-    return Result(y, mean, var, torch.full_like(var, plan.count, requires_grad=False))
+    if call.mask is None:
+        return Result(y, mean, var, torch.full_like(var, plan.count, requires_grad=False))
+    return Result(y, mean, var, plan.statistic_out(stats[3].detach().reshape(plan.stat_shape)))
