@@ -198,7 +198,7 @@ def test_against_float64(case, dtype, how, act, residual, given_stats, threads, 
 @contextmanager
 def past_the_caches(far: bool) -> Iterator[None]:
     """Let the kernels write past the caches whatever the size, or as they do."""
-    before = cpu.extension().set_far(0 if far else 24 << 20)
+    before = cpu.extension().set_far(0 if far else 16 << 20)
     try:
         yield
     finally:
@@ -241,14 +241,14 @@ def test_large_tensors_are_written_past_the_caches(act, last):
         x, r = (t.detach().contiguous(memory_format=torch.channels_last).requires_grad_() for t in (x, r))
     w = torch.rand(256, requires_grad=True)
     runs = []
-    for far in (24 << 20, 1 << 60):
+    for far in (16 << 20, 1 << 60):
         before = cpu.extension().set_far(far)
         try:
             y = evenly.normalize(x, "n c h w -> c", weight=w, residual=r, activation=act)
             runs.append((y.detach(), *torch.autograd.grad(y, (x, r, w), x.detach())))
         finally:
             cpu.extension().set_far(before)
-    assert before == 24 << 20
+    assert before == 16 << 20
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 

@@ -57,8 +57,9 @@ void expect_large(Memory memory, int64_t bytes) {
 int64_t bytes_of(int dtype, int64_t values) { return values * (dtype == F64 ? 8 : dtype == F32 ? 4 : 2); }
 
 // Bytes of the tensors of a pass from which on its outputs are written past the caches. Measured with 2 MiB of second
-// cache a core, the next reader included: that is faster from here on whether the inputs are in the third cache or not.
-std::atomic<int64_t> far_from{24 << 20};
+// cache a core, the next reader included: up to 1.5 times faster from here on where the inputs come from memory, as they
+// do in a network, and up to a fifth slower where all of them are in the third cache; from 24 MiB on faster in any case.
+std::atomic<int64_t> far_from{16 << 20};
 
 // Other Python threads may go on meanwhile, unless the work is over sooner than that takes.
 template <class Work>
