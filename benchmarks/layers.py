@@ -85,6 +85,7 @@ def inputs() -> dict[str, tuple[tuple[int, ...], str, Made]]:
         "BatchNorm2d (torch)": (lambda: nn.BatchNorm2d(c), None),
         "GroupNorm (torch)": (lambda: nn.GroupNorm(32, c), None),
         "BatchNorm": (lambda: en.BatchNorm(c), "BatchNorm2d (torch)"),
+        "BatchNorm (sync, one process)": (lambda: en.BatchNorm(c, sync=True), "BatchNorm2d (torch)"),
         "GroupNorm": (lambda: en.GroupNorm(32, c), "GroupNorm (torch)"),
         "BatchNorm2d + GroupNorm (torch)": (lambda: nn.Sequential(nn.BatchNorm2d(c), nn.GroupNorm(32, c)), None),
         "BCNorm": (lambda: en.BCNorm(c), "BatchNorm2d + GroupNorm (torch)"),

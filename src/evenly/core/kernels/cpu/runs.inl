@@ -671,14 +671,14 @@ class Runs {
         } else {
           if (one_each && each < MANY && p.R0 == 1 && p.wsize % each == 0) {  // several statistics at a time
             const int64_t i = index_of(run, 0), many = min_of((p.wsize - i) / each, min_of(K - k, MANY));
-            A r[MANY * MANY], c[MANY * MANY];
+            double r[MANY * MANY], c[MANY * MANY];
             for (int64_t j = 0; j < many; ++j) {
               const double m = s[k + j], one = s[K + k + j], low = s[2 * K + k + j];
-              const A shift = static_cast<A>((lift ? (m + low) * one : 0) - low * one);
-              for (int64_t u = 0; u < each; ++u) r[j * each + u] = s[K + k + j], c[j * each + u] = shift;
+              const double shift = (lift ? (m + low) * one : 0) - low * one;
+              for (int64_t u = 0; u < each; ++u) r[j * each + u] = one, c[j * each + u] = shift;
             }
             for (int64_t j = 0; j < many * each; ++j) {
-              dw[i + j] += static_cast<double>(r[j]) * sums_gd[at + j] + static_cast<double>(c[j]) * sums_g[at + j];
+              dw[i + j] += r[j] * sums_gd[at + j] + c[j] * sums_g[at + j];
               db[i + j] += sums_g[at + j];
             }
             k += many - 1;
