@@ -11,7 +11,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -300,16 +300,26 @@ def check_against_float64(case, dtype, how, act, residual, given_stats, offset, 
 NORMS = [{"scale": s, "center": c} for s in ("l1", "max", "l2") for c in (True, False)]
 
 
-def by_reference(x: Tensor, pattern: str, how: dict[str, object]) -> tuple[Tensor, evenly.Moments | None]:
-    """What the PyTorch reference computes of the same call."""
+@contextmanager
+def reference_alone() -> Iterator[None]:
+    """Let PyTorch operators compute everything."""
     registered = kernels._backends[:]
+    measured = operator.measure
     kernels._backends.clear()
     operator._quick.clear()
+    operator.measure = lambda *a: None
     try:
-        out = evenly.normalize(x, pattern, **how)
+        yield
     finally:
+        operator.measure = measured
         kernels._backends.extend(registered)
         operator._quick.clear()
+
+
+def by_reference(x: Tensor, pattern: str, how: dict[str, object]) -> tuple[Tensor, evenly.Moments | None]:
+    """What the PyTorch reference computes of the same call."""
+    with reference_alone():
+        out = evenly.normalize(x, pattern, **how)
     return out if isinstance(out, tuple) else (out, None)
 
 
@@ -467,7 +477,8 @@ def test_statistics_with_gradients(pattern, shape, last, affine, act, dtype):
                         activation=act, stats=stats, **options,
                     )  # fmt: skip
 
-                y = by_the_reference(run) if wide else run()
+                with reference_alone() if wide else nullcontext():
+                    y = run()
                 assert (type(y.grad_fn).__name__ == "NormalizeGivenBackward") != wide
                 leaf = [t for t in inputs if t is not None]
                 found.append((y, *torch.autograd.grad(y, leaf, dy.to(y.dtype))))
@@ -475,20 +486,6 @@ def test_statistics_with_gradients(pattern, shape, last, affine, act, dtype):
                 size = want.abs().max() + dy.abs().max().double() * (number > 0)
                 slack = 40 if got.ndim < 2 else 4
                 assert (got.double() - want).abs().max() <= slack * TOLERANCE[dtype] * size, (number, options)
-
-
-def by_the_reference(run: Callable[[], Tensor]) -> Tensor:
-    """What PyTorch operators compute."""
-    registered = kernels._backends[:]
-    kernels._backends.clear()
-    operator._quick.clear()
-    measured, operator.measure = operator.measure, lambda *a: None
-    try:
-        return run()
-    finally:
-        operator.measure = measured
-        kernels._backends.extend(registered)
-        operator._quick.clear()
 
 
 def test_statistics_with_gradients_twice():

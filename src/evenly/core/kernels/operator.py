@@ -314,6 +314,7 @@ def _entry(x: Tensor, plan: Plan, call: Call) -> Entry | None:
         return None
     first = call.weight if call.weight is not None else call.bias
     given = call.mean is not None or call.var is not None
+    graded = _graded(call)
     signs = call.activation == "relu" and call.residual is not None
     where = None if call.mask is None else mask_index(x.shape, order, call.mask.shape)
     key = (
@@ -329,12 +330,13 @@ def _entry(x: Tensor, plan: Plan, call: Call) -> Entry | None:
         call.activation,
         signs,
         given,
+        graded,
         where,
     )
     found = plan.cache.get(key, False)
     if found is not False:
         return found
-    entry = _build(x, plan, call, order, first, given=given, signs=signs, where=where)
+    entry = _build(x, plan, call, order, first, given=given, signs=signs, graded=graded, where=where)
     plan.cache[key] = entry
     return entry
 
@@ -348,6 +350,7 @@ def _build(
     *,
     given: bool,
     signs: bool,
+    graded: bool = False,
     where: tuple[int, int, int] | None = None,
 ) -> Entry | None:
     lowered = block(plan, order)
@@ -363,22 +366,15 @@ def _build(
             index = weight_index(plan, order, call.affine)
     if index is None:
         return None
-    return _made(x, plan, call, order, lowered, index, first, given=given, signs=signs, where=where)
-
-
-def _made(
-    x: Tensor,
-    plan: Plan,
-    call: Call,
-    order: tuple[int, ...],
-    lowered: Block,
-    index: tuple[int, int],
-    first: Tensor | None,
-    *,
-    given: bool,
-    signs: bool,
-    where: tuple[int, int, int] | None = None,
-) -> Entry | None:
+    if graded:
+        # the gradient of a statistic follows from those of a weight and a bias of its own
+        k0, r0, k1, r1 = lowered.sizes
+        own = (r1, k0 * k1) if k0 * k1 > 1 else (1, 1)
+        if (k0 != 1 and r0 != 1) or (first is not None and index != own):
+            return None
+        index = own
+        shape = (k0 * k1,) if first is None else first.shape
+        first = x.new_empty(shape, dtype=reference.accumulate_dtype(x.dtype))
     options = {
         "center": call.center,
         "scale": call.scale,
@@ -395,48 +391,6 @@ def _made(
         return None
 
 
-def _entry_of_statistics(x: Tensor, plan: Plan, call: Call) -> Entry | None:
-    """The entry for a call whose statistics are given and have a gradient; None if no kernel takes it.
-
-    That gradient follows from those of a weight and a bias for each statistic.
-    """
-    order = dense_order(x)
-    assert order is not None
-    first = call.weight if call.weight is not None else call.bias
-    shape = None if first is None else first.shape
-    key = ("statistics", order, x.dtype, x.device, call.center, call.scale, call.eps, call.affine, shape,
-           call.activation, call.residual is None)  # fmt: skip
-    found = plan.cache.get(key, False)
-    if found is not False:
-        return found
-    entry = _build_of_statistics(x, plan, call, order, first)
-    plan.cache[key] = entry
-    return entry
-
-
-def _build_of_statistics(
-    x: Tensor, plan: Plan, call: Call, order: tuple[int, ...], first: Tensor | None
-) -> Entry | None:
-    lowered = block(plan, order)
-    if lowered is None or lowered.kept != tuple(sorted(lowered.kept)):
-        return None
-    k0, r0, k1, r1 = lowered.sizes
-    index = (1, 1) if k0 * k1 == 1 else (r1, k0 * k1)
-    if k0 != 1 and r0 != 1:
-        return None
-    if first is not None:
-        if first.numel() != k0 * k1:
-            return None
-        if first.ndim != 0:
-            plan.affine_in(first, call.affine, "weight" if call.weight is not None else "bias")
-            assert call.affine is not None
-            if weight_index(plan, order, call.affine) != index:
-                return None
-    like = x.new_empty(k0 * k1 if first is None else first.shape, dtype=reference.accumulate_dtype(x.dtype))
-    signs = call.activation == "relu" and call.residual is not None
-    return _made(x, plan, call, order, lowered, index, like, given=True, signs=signs)
-
-
 def _dense(x: Tensor) -> Tensor:
     """``x``, copied once if its memory has gaps."""
     x = x.resolve_neg()
@@ -449,15 +403,13 @@ def supports(x: Tensor, plan: Plan, call: Call) -> bool:
         return False
     if x.numel() == 0 or not _ordinary() or type(x) not in _PLAIN:
         return False
-    find = _entry_of_statistics if _graded(call) else _entry
-    return find(_dense(x), plan, call) is not None
+    return _entry(_dense(x), plan, call) is not None
 
 
 def run(x: Tensor, plan: Plan, call: Call) -> Result:
     """Compute a call that is supported."""
     x = _dense(x)
-    graded = _graded(call)
-    entry = _entry_of_statistics(x, plan, call) if graded else _entry(x, plan, call)
+    entry = _entry(x, plan, call)
     assert entry is not None
     given = MEASURED
     if call.mean is not None or call.var is not None:
@@ -468,7 +420,7 @@ def run(x: Tensor, plan: Plan, call: Call) -> Result:
     measures = call.want_stats and given is MEASURED
     mask = None if call.mask is None else laid_mask(x.shape, entry.order, call.mask)
     out: Any
-    if graded:
+    if _graded(call):
         out = (_apply_statistics(entry, x, call, given), None, None)
     else:
         out = _apply(entry, x, call.weight, call.bias, call.residual, given, measures, mask=mask)
@@ -528,8 +480,9 @@ def _apply(
 
 def _apply_statistics(entry: Entry, x: Tensor, call: Call, given: tuple[Tensor | None, Tensor | None]) -> Tensor:
     """The output, differentiable in the statistics that are given."""
-    like = entry.stats_like.new_empty(()).expand(entry.weight_shape or ())
-    weight = torch.ones_like(like) if call.weight is None else call.weight.to(like.dtype).contiguous()
+    assert entry.weight_shape is not None
+    like = x.new_ones(entry.weight_shape, dtype=entry.stats_dtype)
+    weight = like if call.weight is None else call.weight.to(like.dtype).contiguous()
     bias = torch.zeros_like(like) if call.bias is None else call.bias.to(like.dtype).contiguous()
     return NormalizeGiven.apply(x, weight, bias, call.residual, *given, entry)
 
