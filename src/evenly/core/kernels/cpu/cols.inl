@@ -25,6 +25,7 @@ class Cols {
     parts = min_of(blocks, max_of(1, min_of(64, size / PART)));
     total = p.K0 * size;
     past = is_far(p, total * static_cast<int64_t>(sizeof(T)));
+    soon = soon_of<T>(total);
     same_weight = p.wsize <= 1 || p.wdiv % p.R1 == 0;
   }
 
@@ -191,7 +192,7 @@ class Cols {
  private:
   const Problem& p;
   const Geometry& g;
-  int64_t K, n, L, P, size, rows, rest, block, blocks, parts, total;
+  int64_t K, n, L, P, size, rows, rest, block, blocks, parts, total, soon;
   int kind = PLAIN;
   bool raw = false;
   bool past;         // write past the caches
@@ -385,6 +386,7 @@ class Cols {
     for (; r + 4 <= many; r += 4) {
       const T* q = x + r * P;
       over_columns([&](int64_t j, int left) __attribute__((always_inline)) {
+        if (soon) fetch<3>(q + soon + 4 * j, 4 * W);
         const V m = take(pivot + j, left);
         const V d0 = take(q + j, left) - m, d1 = take(q + P + j, left) - m;
         const V d2 = take(q + 2 * P + j, left) - m, d3 = take(q + 3 * P + j, left) - m;
@@ -512,7 +514,7 @@ class Cols {
   Run<T> row_at(int64_t k0, int64_t r) const {
     const int64_t at = k0 * size + r * P;
     Run<T> out{};
-    out.past = past;
+    out.past = past, out.soon = soon;
     out.x = static_cast<const T*>(p.x) + at;
     if (p.residual) out.residual = static_cast<const T*>(p.residual) + at;
     if (p.y) out.y = static_cast<T*>(p.y) + at;
@@ -558,6 +560,7 @@ class Cols {
       const Run<T> a = row_at(k0, r), b = row_at(k0, r + 1), d = row_at(k0, r + 2), e = row_at(k0, r + 3);
       over([&](int64_t j, int left) __attribute__((always_inline)) {
         V s1{}, s2{};
+        if (a.soon) fetch_inputs<KIND>(a, a.soon + 4 * j, 4 * W);
         column(a, j, left, s1, s2);
         column(b, j, left, s1, s2);
         column(d, j, left, s1, s2);

@@ -81,6 +81,14 @@ void moments_slow(const T* p, int64_t nr, int64_t stride, int64_t len, bool raw,
     out.merge(n, pivot + s1 / n, s2 - s1 * (s1 / n));
 }
 
+// Into the cache that is as near as NEAR says: 3 the first, 2 the second.
+template <int NEAR = 2, class T>
+EVENLY_INLINE void fetch(const T* p, int64_t values) {
+  constexpr int64_t LINE = 64;
+  const char* at = reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(p));
+  for (int64_t i = 0; i < values * static_cast<int64_t>(sizeof(T)); i += LINE) __builtin_prefetch(at + i, 0, NEAR);
+}
+
 // A value near the mean of nr runs of len values: the mean of about an eighth of them, spread over all.
 template <class T>
 typename Tr<T>::A pivot_of(const T* p, int64_t nr, int64_t stride, int64_t len) {
@@ -89,32 +97,33 @@ typename Tr<T>::A pivot_of(const T* p, int64_t nr, int64_t stride, int64_t len) 
   using V = typename X::V;
   constexpr int W = X::W;
   V a0{}, a1{};
-  double n = 0;
   const int64_t step = nr >= 8 ? 4 : 1;
+  const int64_t each = len < 2 * W ? len : ((len - 2 * W) / (16 * W) + 1) * (2 * W);
+  const A inverse = static_cast<A>(1 / static_cast<double>(ceil_div(nr, step) * each));
   for (int64_t r = 0; r < nr; r += step) {
     const T* q = p + r * stride;
     if (len < 2 * W) {
       int64_t i = 0;
       if (W <= len) a0 += X::load(q), i = W;
       if (i < len) a1 += load_part(q + i, static_cast<int>(len - i));
-      n += static_cast<double>(len);
       continue;
     }
     for (int64_t i = 0; i + 2 * W <= len; i += 16 * W) {
       V u, v;
       load_two<true>(q + i, u, v);
       a0 += u, a1 += v;
-      n += 2 * W;
     }
   }
-  return rough_sum(a0 + a1) * static_cast<A>(1 / n);
+  return rough_sum(a0 + a1) * inverse;
 }
 
 // Sums of the deviations from a pivot of nr runs of len values, and of their squares. A lane adds up 32 values in its
 // own type, then goes on from zero: what it has is kept in double. True: a lane has most of the sum, an outlier beside
-// which it lost the others.
+// which it lost the others. next: how many values further on the runs lie that come after these; they are fetched
+// meanwhile, for values here and there of them are read first, which no prefetcher of a processor foresees.
 template <class T>
-bool deviations(const T* p, int64_t nr, int64_t stride, int64_t len, typename Tr<T>::A pivot, double& s, double& ss) {
+bool deviations(const T* p, int64_t nr, int64_t stride, int64_t len, typename Tr<T>::A pivot, double& s, double& ss,
+                int64_t next = 0) {
   using X = Tr<T>;
   using A = typename X::A;
   using V = typename X::V;
@@ -132,12 +141,14 @@ bool deviations(const T* p, int64_t nr, int64_t stride, int64_t len, typename Tr
   };
   for (int64_t r = 0; r < nr; ++r) {
     const T* q = p + r * stride;
+    if (len < 4 * W && next) fetch<3>(q + next, len);
     int64_t i = 0;
     while (i + 4 * W <= len) {
       const int64_t end = i + min_of((len - i) / (4 * W), MANY - since) * (4 * W);
       since += (end - i) / (4 * W);
       for (; i < end; i += 4 * W) {
         V d0, d1, d2, d3;
+        fetch<3>(q + i + next, 4 * W);
         load_two<true>(q + i, d0, d1);
         load_two<true>(q + i + 2 * W, d2, d3);
         d0 -= m, d1 -= m, d2 -= m, d3 -= m;
@@ -193,11 +204,11 @@ EVENLY_INLINE void moments_from(const T* p, int64_t nr, int64_t stride, int64_t 
 
 // Merge the moments of nr runs of len values, stride apart.
 template <class T>
-void moments_block(const T* p, int64_t nr, int64_t stride, int64_t len, bool raw, Moments& out) {
+void moments_block(const T* p, int64_t nr, int64_t stride, int64_t len, bool raw, int64_t next, Moments& out) {
   using A = typename Tr<T>::A;
   const A pivot = raw ? A(0) : pivot_of(p, nr, stride, len);
   double s, ss, mean, m2;
-  const bool lonely = deviations(p, nr, stride, len, pivot, s, ss);
+  const bool lonely = deviations(p, nr, stride, len, pivot, s, ss, next);
   moments_from(p, nr, stride, len, raw, pivot, s, ss, lonely, mean, m2);
   out.merge(static_cast<double>(nr * len), mean, m2);
 }
@@ -208,12 +219,13 @@ constexpr int64_t MANY = 32;  // statistics that are worked on together at most
 // a chain of additions is not waited for: a processor works on the next block meanwhile.
 template <class T>
 void moments_many(const T* p, int64_t many, int64_t apart, int64_t nr, int64_t stride, int64_t len, bool raw,
-                  double* mean, double* m2) {
+                  int64_t next, double* mean, double* m2) {
   using A = typename Tr<T>::A;
   A pivot[MANY];
   bool lonely[MANY];
   for (int64_t j = 0; j < many; ++j) pivot[j] = raw ? A(0) : pivot_of(p + j * apart, nr, stride, len);
-  for (int64_t j = 0; j < many; ++j) lonely[j] = deviations(p + j * apart, nr, stride, len, pivot[j], mean[j], m2[j]);
+  for (int64_t j = 0; j < many; ++j)
+    lonely[j] = deviations(p + j * apart, nr, stride, len, pivot[j], mean[j], m2[j], next);
   // What is usual is computed in vectors.
   const double n = static_cast<double>(nr * len), inverse = 1 / n;
   int odd = 0;
@@ -541,7 +553,8 @@ struct Run {  // pointers at the start of a piece of a run, or of a row
   const T* dy;
   T* dx;
   T* dresidual;
-  int64_t ahead;  // fetch x and dy this many values further on into the cache; 0: do not
+  int64_t ahead;  // fetch x and dy this many values further on into the second cache; 0: do not
+  int64_t soon;   // where several rows are read at once, fetch what lies so many values further on; 0: do not
   bool past;      // write past the caches
 };
 
@@ -567,13 +580,14 @@ EVENLY_INLINE int64_t to_line(const T* p, int64_t n) {
   return lead <= n && lead % STEP == 0 ? lead : 0;
 }
 
+// A processor foresees that what is read in order goes on; not so values here and there, or several rows at once. Those
+// are fetched, in order, so many values ahead of their use, where an input does not lie in a cache near a core.
+constexpr int64_t FETCHED = 1 << 20;  // bytes of such an input, at least
+constexpr int64_t SOON = 8192;        // bytes ahead
 template <class T>
-EVENLY_INLINE void fetch(const T* p, int64_t values) {
-  constexpr int64_t LINE = 64;
-  const char* at = reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(p));
-  for (int64_t i = 0; i < values * static_cast<int64_t>(sizeof(T)); i += LINE) __builtin_prefetch(at + i, 0, 2);
+constexpr int64_t soon_of(int64_t values) {
+  return values * static_cast<int64_t>(sizeof(T)) >= FETCHED ? SOON / static_cast<int64_t>(sizeof(T)) : 0;
 }
-
 template <class T>
 struct Coefficients {  // of the value before the activation: SCALAR (x-m)*a+b; VECTOR ((x-m)*a+b)*wv+bv; COLUMN
   using A = typename Tr<T>::A;
@@ -767,6 +781,12 @@ ApplyFn<T> pick_apply(int act, bool res, bool bits) {
 enum { PLAIN = 0, SIGN_BITS = 1, RELU = 2, RELU_RES = 3, SILU = 4, GELU = 5, SILU_RES = 6, GELU_RES = 7, PARKED = 8 };
 constexpr bool has_residual(int kind) { return kind == RELU_RES || kind == SILU_RES || kind == GELU_RES; }
 
+template <int KIND, class T>
+EVENLY_INLINE void fetch_inputs(const Run<T>& run, int64_t from, int64_t values) {
+  fetch<3>(run.x + from, values), fetch<3>(run.dy + from, values);
+  if constexpr (has_residual(KIND)) fetch<3>(run.residual + from, values);
+}
+
 // From the gradient g after the activation. residual: what was added before it, where the kind has one.
 template <class T, int KIND, int MODE, class K>
 EVENLY_INLINE typename Tr<T>::V through(const Run<T>& run, typename Tr<T>::V g, typename Tr<T>::V x,
@@ -947,6 +967,7 @@ EVENLY_INLINE void reduce_together(const Run<T>& first, int64_t n, const Coeffic
   auto step = [&](int64_t i, int left) __attribute__((always_inline)) {
     V w{}, b{};
     const V gain = take(base.wv + i, left);
+    if (R > 1 && first.soon) fetch_inputs<KIND>(first, first.soon + R * i, R * W);
     for (int r = 0; r < R; ++r) {
       const V x = take(runs[r].x + i, left);
       V one = gradient<T, KIND, VECTOR>(runs[r], nullptr, x, ks[r], i, left);

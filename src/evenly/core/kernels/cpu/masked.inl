@@ -444,7 +444,7 @@ class MaskedRuns : MaskedBase<T> {
         const T* x = static_cast<const T*>(p.x) + at;
         if (plan[stage] == 0) {
           if (f.all && len >= 64)
-            moments_block(x, 1, 0, len, raw, mo);
+            moments_block(x, 1, 0, len, raw, 0, mo);
           else if (!f.none)
             masked_moments(x, f.at, len, raw, mo);
         } else if (plan[stage] == 1) {

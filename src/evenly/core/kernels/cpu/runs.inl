@@ -23,7 +23,9 @@ class Runs {
     stride = p.K1 * p.R1;
     per_block = p.R1 <= BLOCK ? max_of(1, BLOCK / p.R1) : 1;
     pieces = ceil_div(p.R1, BLOCK);
+    piece = min_of(BLOCK, ceil_div(ceil_div(p.R1, pieces), 64) * 64);  // of about the same length
     blocks = p.R1 <= BLOCK ? ceil_div(p.R0, per_block) : p.R0 * pieces;
+    if (p.R1 <= BLOCK) per_block = ceil_div(p.R0, blocks);
     unit = min_of(g.seg, UNIT);
     units_seg = ceil_div(g.seg, unit);
     units = g.nseg * units_seg;
@@ -34,6 +36,7 @@ class Runs {
     if (total >= PARALLEL) batch = min_of(batch, ceil_div(neighbours, 8));  // something for every thread
     batch = max_of(1, batch);
     past = is_far(p, total * static_cast<int64_t>(sizeof(T)));
+    soon = soon_of<T>(total);
     // A small batch leaves time to fetch the next one while its own output is written, where that is written past the
     // caches, or arithmetic takes longer than memory: measured, in half precision, and for gradients of weights that vary
     // along long tensors.
@@ -173,7 +176,7 @@ class Runs {
  private:
   const Problem& p;
   const Geometry& g;
-  int64_t K, n, total, stride, per_block, pieces, blocks, unit, units_seg, units, neighbours, batch, ahead;
+  int64_t K, n, total, stride, per_block, pieces, piece, blocks, unit, units_seg, units, neighbours, batch, ahead, soon;
   double wide, per_weight;
   bool past;      // write past the caches
   bool shifting;  // VECTOR: runs start at different places of the period
@@ -476,28 +479,35 @@ class Runs {
     if (p.dy) r.dy = static_cast<const T*>(p.dy) + q.at;
     if (p.dx) r.dx = static_cast<T*>(p.dx) + q.at;
     if (p.dresidual) r.dresidual = static_cast<T*>(p.dresidual) + q.at;
-    r.ahead = ahead, r.past = past;
+    r.ahead = ahead, r.soon = soon, r.past = past;
     return r;
   }
 
   // ---- forward
 
+  // Where block b of statistic k starts.
+  EVENLY_INLINE int64_t block_at(int64_t k, int64_t b) const {
+    if (p.R1 <= BLOCK) return run_of(k, b * per_block) * p.R1;
+    return run_of(k, b / pieces) * p.R1 + b % pieces * piece;
+  }
+
   void measure_block(int64_t k, int64_t b, bool raw, Moments& mo) const {
-    const T* x = static_cast<const T*>(p.x);
-    if (p.R1 <= BLOCK) {
-      const int64_t r0 = b * per_block;
-      moments_block(x + run_of(k, r0) * p.R1, min_of(per_block, p.R0 - r0), stride, p.R1, raw, mo);
-    } else {
-      const int64_t r0 = b / pieces, from = (b % pieces) * BLOCK;
-      moments_block(x + run_of(k, r0) * p.R1 + from, 1, 0, min_of(BLOCK, p.R1 - from), raw, mo);
-    }
+    const int64_t at = block_at(k, b);
+    int64_t next = 0;
+    if (soon) next = (b + 1 < blocks ? block_at(k, b + 1) : k + 1 < K ? block_at(k + 1, 0) : at) - at;
+    const T* x = static_cast<const T*>(p.x) + at;
+    if (p.R1 <= BLOCK)
+      moments_block(x, min_of(per_block, p.R0 - b * per_block), stride, p.R1, raw, next, mo);
+    else
+      moments_block(x, 1, 0, min_of(piece, p.R1 - b % pieces * piece), raw, next, mo);
   }
 
   void measure_batch(int64_t k, int64_t many, bool raw) const {
     if (blocks == 1) {
       double mean[MANY], m2[MANY];
       const T* x = static_cast<const T*>(p.x) + run_of(k, 0) * p.R1;
-      moments_many(x, many, p.R1, p.R0, stride, p.R1, raw, mean, m2);
+      const int64_t next = soon && !ahead && k + many < K ? many * p.R1 : 0;
+      moments_many(x, many, p.R1, p.R0, stride, p.R1, raw, next, mean, m2);
       finish_many<A>(p, k, many, wide, mean, m2, raw);
       return;
     }
