@@ -43,18 +43,19 @@ def report() -> dict[str, Any]:
 
     The keys are ``versions`` (of evenly, python, torch and the other dependencies; None: not installed),
     ``system``, ``cpu`` (``cores``, ``threads``, ``capability``), ``devices`` (name and memory of each
-    accelerator), ``cuda`` (whether the CUDA kernels are used, one line), ``operators`` (a row an operator, device
+    accelerator), ``kernels`` (one line each for those of ``cpu`` and ``cuda``: what they use, or why they are not
+    used), ``operators`` (a row an operator, device
     and dtype: the backend that serves it), ``backends`` and ``extras`` (for each: what it adds,
     what is missing, the pip command).
 
     >>> from evenly import doctor
     >>> sorted(doctor.report())
-    ['backends', 'cpu', 'cuda', 'devices', 'extras', 'operators', 'system', 'versions']
+    ['backends', 'cpu', 'devices', 'extras', 'kernels', 'operators', 'system', 'versions']
     """
     import torch
 
     from evenly.core import kernels
-    from evenly.core.kernels import cuda
+    from evenly.core.kernels import cpu, cuda
 
     devices = _devices()
     return {
@@ -66,7 +67,7 @@ def report() -> dict[str, Any]:
             "capability": torch.backends.cpu.get_cpu_capability(),
         },
         "devices": devices,
-        "cuda": cuda.describe(),
+        "kernels": {"cpu": cpu.describe(), "cuda": cuda.describe()},
         "operators": [
             {"operator": name, "device": device, "dtype": str(dtype).removeprefix("torch."), "backend": backend}
             for device in ["cpu", *dict.fromkeys(entry["type"] for entry in devices)]
@@ -91,7 +92,8 @@ def render(facts: dict[str, Any]) -> list[tuple[str, str]]:
         pairs.append(("device", "cpu only"))
     by_cuda = [r["operator"] for r in facts["operators"] if r["device"] == "cuda" and r["backend"] == "cuda"]
     serve = f"; they serve {', '.join(dict.fromkeys(by_cuda))}" if by_cuda else ""
-    pairs.append(("CUDA kernels", facts["cuda"] + serve))
+    pairs.append(("CPU kernels", facts["kernels"]["cpu"]))
+    pairs.append(("CUDA kernels", facts["kernels"]["cuda"] + serve))
     for backend in facts["backends"]:
         pairs.append(("backend", f"{backend['name']}: {backend['describe']}"))
     served: dict[tuple[str, str], list[str]] = {}

@@ -89,6 +89,7 @@ def test_doctor():
     text = run("doctor").stdout
     assert "operator\tbatch norm on cpu: float32 by" in text
     assert f"torch\t{facts['versions']['torch']}" in text
+    assert f"CPU kernels\t{facts['kernels']['cpu']}" in text
 
 
 def test_doctor_reports_what_an_extra_would_add(monkeypatch):

@@ -5,7 +5,8 @@ included; float32, float64, bfloat16 and float16 with statistics of float32 (flo
 compiled when the package is installed and loaded when it is first needed. Without it (no compiler at installation)
 PyTorch computes the same.
 
-The environment variable ``EVENLY_CPU_ISA`` (``portable``, ``avx2``) keeps a newer instruction set from being used.
+The environment variable ``EVENLY_CPU_ISA`` (``portable``, ``avx2``, ``avx512``) keeps a newer instruction set from
+being used.
 """
 
 from __future__ import annotations

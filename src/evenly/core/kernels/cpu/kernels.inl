@@ -1206,10 +1206,14 @@ int backward_of(const Problem& p) {
 
 int forward(const Problem& p) {
   switch (p.dtype) {
-    case F32:
-      return forward_of<float>(p);
     case BF16:
       return forward_of<bf16>(p);
+#ifdef EVENLY_OTHERS  // an instruction set that has something for bfloat16 alone
+    default:
+      return EVENLY_OTHERS.forward(p);
+#else
+    case F32:
+      return forward_of<float>(p);
 #ifndef EVENLY_FEW_TYPES  // the tests build two under sanitizers
     case F64:
       return forward_of<double>(p);
@@ -1218,15 +1222,20 @@ int forward(const Problem& p) {
 #endif
     default:
       return UNSUPPORTED;
+#endif
   }
 }
 
 int backward(const Problem& p) {
   switch (p.dtype) {
-    case F32:
-      return backward_of<float>(p);
     case BF16:
       return backward_of<bf16>(p);
+#ifdef EVENLY_OTHERS
+    default:
+      return EVENLY_OTHERS.backward(p);
+#else
+    case F32:
+      return backward_of<float>(p);
 #ifndef EVENLY_FEW_TYPES
     case F64:
       return backward_of<double>(p);
@@ -1235,6 +1244,7 @@ int backward(const Problem& p) {
 #endif
     default:
       return UNSUPPORTED;
+#endif
   }
 }
 

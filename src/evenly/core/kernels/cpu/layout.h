@@ -31,7 +31,13 @@ Choice best() {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (avx512 && isa != "avx2") return {&kernels_avx512, &pieces_avx512, "avx512"};
+  if (avx512 && isa != "avx2") {
+#ifdef EVENLY_AVX512_BF16
+    if (__builtin_cpu_supports("avx512bf16") && isa != "avx512")
+      return {&kernels_avx512_bf16, &pieces_avx512, "avx512 and avx512_bf16"};
+#endif
+    return {&kernels_avx512, &pieces_avx512, "avx512"};
+  }
   if (avx2) return {&kernels_avx2, &pieces_avx2, "avx2"};
 #endif
   return {&kernels_portable, &pieces_portable, "portable"};

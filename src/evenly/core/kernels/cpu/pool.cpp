@@ -1,11 +1,16 @@
-// Threads are PyTorch's: the OpenMP runtime that is loaded with it is found by symbol, never linked. A second
+// Threads are PyTorch's: the OpenMP runtime that its kernels were linked to is found by symbol, never linked. A second
 // runtime would bring a second pool, oversubscribe the cores and keep its own thread count. Without that
 // runtime (PyTorch built on another one) work runs on the calling thread. After a fork the runtime's threads are
 // gone and GNU OpenMP waits for them for ever: the child runs on the calling thread.
 #include <dlfcn.h>
 #include <pthread.h>
+#if defined(__linux__)
+#include <link.h>
+#endif
 
 #include <atomic>
+#include <cstring>
+#include <string>
 
 #include "problem.h"
 
@@ -26,12 +31,31 @@ std::atomic<bool> serial{false};
 
 void after_fork_in_child() { serial.store(true); }
 
+// Where to look for symbols: PyTorch's kernels and what they depend on. Their runtime may be private to them, as it is
+// in the wheels for Arm, and other packages may have loaded one of their own.
+void* scope() {
+#if defined(__linux__)
+  std::string path;
+  dl_iterate_phdr(
+      [](dl_phdr_info* info, size_t, void* found) {
+        if (!info->dlpi_name || !std::strstr(info->dlpi_name, "/libtorch_cpu.so")) return 0;
+        *static_cast<std::string*>(found) = info->dlpi_name;
+        return 1;
+      },
+      &path);
+  if (!path.empty())
+    if (void* library = dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD)) return library;
+#endif
+  return RTLD_DEFAULT;
+}
+
 Runtime find_runtime() {
   Runtime r;
-  r.parallel = reinterpret_cast<ParallelFn>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-  r.max_threads = reinterpret_cast<IntFn>(dlsym(RTLD_DEFAULT, "omp_get_max_threads"));
-  r.in_parallel = reinterpret_cast<IntFn>(dlsym(RTLD_DEFAULT, "omp_in_parallel"));
-  r.thread_number = reinterpret_cast<IntFn>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
+  void* const from = scope();
+  r.parallel = reinterpret_cast<ParallelFn>(dlsym(from, "GOMP_parallel"));
+  r.max_threads = reinterpret_cast<IntFn>(dlsym(from, "omp_get_max_threads"));
+  r.in_parallel = reinterpret_cast<IntFn>(dlsym(from, "omp_in_parallel"));
+  r.thread_number = reinterpret_cast<IntFn>(dlsym(from, "omp_get_thread_num"));
   if (!r.parallel || !r.max_threads || !r.in_parallel || !r.thread_number) r = Runtime{};
   pthread_atfork(nullptr, nullptr, after_fork_in_child);
   return r;

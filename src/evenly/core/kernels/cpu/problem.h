@@ -72,6 +72,7 @@ extern const Kernels kernels_portable;
 #ifdef EVENLY_X86
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512_bf16;  // bfloat16; hands the other types on
 #endif
 
 // Threads: tasks 0..n-1 in any order, on PyTorch's own pool. backwards: each thread starts with its last ones, which

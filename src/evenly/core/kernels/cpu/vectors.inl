@@ -81,7 +81,9 @@ EVENLY_INLINE vf widen_bf16(vh h) {
 }
 
 EVENLY_INLINE vh narrow_bf16(vf v) {
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
+  return as<vh>(_mm512_cvtneps_pbh(as<__m512>(v)));
+#elif defined(__AVX512F__)
   const __m512i u = as<__m512i>(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
   const __m512i up = _mm512_add_epi32(_mm512_add_epi32(u, odd), _mm512_set1_epi32(0x7fff));
@@ -324,6 +326,13 @@ EVENLY_INLINE void load_two(const T* p, typename Tr<T>::V& a, typename Tr<T>::V&
   a = Tr<T>::load(p);
   b = Tr<T>::load(p + Tr<T>::W);
 }
+#if defined(__AVX512BF16__)
+// One instruction packs two vectors in order.
+template <bool PAST>
+EVENLY_INLINE void store_packed(bf16* p, vf a, vf b) {
+  raw_store<PAST>(p, as<vi>(_mm512_cvtne2ps_pbh(as<__m512>(b), as<__m512>(a))));
+}
+#else
 // A bfloat16 in the upper half; what is below has no meaning.
 EVENLY_INLINE vu rounded_bf16(vf v) {
   const vu u = as<vu>(v);
@@ -335,10 +344,15 @@ EVENLY_INLINE void load_two<true, bf16>(const bf16* p, vf& a, vf& b) {
   a = as<vf>(both << 16);
   b = as<vf>(both & 0xffff0000u);
 }
+#endif
 template <bool MIX, bool PAST, class T>
 EVENLY_INLINE void store_two_of(T* p, typename Tr<T>::V a, typename Tr<T>::V b) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, bf16>) return store_packed<PAST>(p, a, b);
+#else
   if constexpr (MIX && std::is_same_v<T, bf16>)
     return raw_store<PAST>(p, (rounded_bf16(a) >> 16) | (rounded_bf16(b) & 0xffff0000u));
+#endif
 #if defined(__AVX2__) && !defined(__AVX512F__)
   if constexpr (std::is_same_v<T, bf16>) {
     const __m256i x = as<__m256i>(rounded_bf16(a) >> 16), y = as<__m256i>(rounded_bf16(b) >> 16);
