@@ -16,9 +16,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import evenly
-from evenly.core.kernels import cuda, operator
+from evenly.core.kernels import cuda
 from evenly.core.kernels.cuda import entry as launches
 from evenly.core.kernels.cuda import kernels
+from evenly.core.kernels.launch import serve
 
 TYPES = {
     torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8",
@@ -88,7 +89,7 @@ def main() -> None:
     """Compile, and print one line for each kernel."""
     quick = "--quick" in sys.argv
     target = GPUTarget("cuda", 80 if "--sm80" in sys.argv else 90, 32)
-    operator.serve("cpu", cuda.load)
+    serve("cpu", cuda.load)
     launches._on = lambda x: launches._here
     launches._multiprocessors = lambda device: 132
     for name in kernels.__all__:

@@ -22,9 +22,10 @@ from core import oracle
 from evenly.core import patterns
 from evenly.core.kernels import cuda, operator, reference
 from evenly.core.kernels.cuda import entry as launches
+from evenly.core.kernels.launch import serve
 from evenly.core.patterns import bind
 
-operator.serve("cpu", cuda.load)
+serve("cpu", cuda.load)
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")

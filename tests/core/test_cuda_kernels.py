@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import evenly
-from evenly.core.kernels import cuda, operator
+from evenly.core.kernels import cuda, launch
 
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -73,6 +73,6 @@ def test_what_doctor_says_of_missing_triton(monkeypatch):
     try:
         assert "pip install 'evenly[cuda]'" in cuda.describe()
         assert cuda.load() is None
-        assert not operator._served("cuda")
+        assert not launch.served("cuda")
     finally:
         cuda._load.cache_clear()

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import evenly
 from evenly.core import recompute
-from evenly.core.kernels import cpu, operator
+from evenly.core.kernels import cpu, launch, operator
 from evenly.core.normalize import quick_key
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the kernels are not compiled")
@@ -350,7 +350,7 @@ def test_the_collector_of_cycles_sees_what_is_held() -> None:
     layer(drawn())
     ready = ready_of(layer)
     assert gc.is_tracked(ready)
-    assert any(isinstance(held, tuple) and isinstance(held[0], operator.Entry) for held in gc.get_referents(ready))
+    assert any(isinstance(held, tuple) and isinstance(held[0], launch.Entry) for held in gc.get_referents(ready))
 
 
 def test_without_the_interface_python_does_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import evenly
 from evenly import nn as en
 from evenly.core import recompute
-from evenly.core.kernels import cpu, operator
+from evenly.core.kernels import cpu, launch
 
 #: PyTorch's operators keep more than the kernels.
 counts_bytes = pytest.mark.skipif(not cpu.available(), reason=f"CPU kernels {cpu.why_not()}")
@@ -174,7 +174,7 @@ def test_a_chain_of_residuals_keeps_every_eighth_and_computes_each_once(monkeypa
     # Nine outputs of convolutions, one of normalizations (block 8), and the last.
     assert 11 * size <= kept_bytes(en.low_memory()(lambda: model(x))) < 11.5 * size
     calls = []
-    for kind in (operator.Entry, *operator.Entry.__subclasses__()):
+    for kind in (launch.Entry, *launch.Entry.__subclasses__()):
         if "again" in vars(kind):
             again = kind.again
 

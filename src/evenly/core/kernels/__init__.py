@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from evenly.core.kernels import cuda, operator, reference
+from evenly.core.kernels import compiled, cuda, operator, reference
 from evenly.core.kernels.cpu import entry as cpu_entry
+from evenly.core.kernels.launch import serve
 from evenly.core.patterns import Plan
 
 __all__ = ["Backend", "Call", "Result", "backends", "register", "run"]
@@ -61,8 +62,8 @@ def backends() -> tuple[Backend, ...]:
 def run(x: torch.Tensor, plan: Plan, call: Call) -> Result:
     """Compute a call with the first backend that supports it."""
     if torch.compiler.is_compiling():
-        if operator.supports_compiled(x, plan, call):
-            return operator.run_compiled(x, plan, call)
+        if compiled.supports(x, plan, call):
+            return compiled.run(x, plan, call)
         return reference.normalize(x, plan, call)
     for backend in _backends:
         if backend.supports(x, plan, call):
@@ -74,7 +75,7 @@ def _on(device: str) -> Callable[[torch.Tensor, Plan, Call], bool]:
     return lambda x, plan, call: x.device.type == device and operator.supports(x, plan, call)
 
 
-operator.serve("cuda", cuda.load)
+serve("cuda", cuda.load)
 register(
     Backend(
         "cuda",
@@ -83,7 +84,7 @@ register(
         "Triton kernels for contiguous and channels-last memory: std, rms and l2; first order",
     )
 )
-operator.serve("cpu", cpu_entry.load)
+serve("cpu", cpu_entry.load)
 register(
     Backend(
         "cpu",

@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from evenly.core.kernels import cpu
+from evenly.core.kernels.launch import DTYPES, PLAIN, ordinary
 from evenly.core.kernels.lowering import block, dense_order
-from evenly.core.kernels.operator import _PLAIN, DTYPES, _ordinary
 from evenly.core.kernels.reference import accumulate_dtype
 from evenly.core.patterns import bind
 
@@ -60,9 +60,9 @@ def statistic_dtype(x: Tensor) -> torch.dtype:
 
 def available(x: Tensor) -> bool:
     """Whether the kernels compute on this tensor."""
-    if type(x) not in _PLAIN or not x.is_cpu or x.dtype not in DTYPES or torch.compiler.is_compiling():
+    if type(x) not in PLAIN or not x.is_cpu or x.dtype not in DTYPES or torch.compiler.is_compiling():
         return False
-    return x.layout is torch.strided and x.numel() > 0 and _ordinary() and cpu.extension() is not None
+    return x.layout is torch.strided and x.numel() > 0 and ordinary() and cpu.extension() is not None
 
 
 # ---- sums -----------------------------------------------------------------------------------------------------------
@@ -359,7 +359,7 @@ def fits(x: Tensor, *numbers: Tensor | None) -> bool:
     for t in numbers:
         if t is not None:
             dtype = dtype or t.dtype
-            if t.dtype is not dtype or type(t) not in _PLAIN or not t.is_cpu or not t.is_contiguous():
+            if t.dtype is not dtype or type(t) not in PLAIN or not t.is_cpu or not t.is_contiguous():
                 return False
     return dtype in DTYPES
 

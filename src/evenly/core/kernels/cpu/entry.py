@@ -11,18 +11,9 @@ import torch
 from torch import Tensor
 
 from evenly.core.kernels import cpu
+from evenly.core.kernels.derivatives import Normalize, announced, applied
+from evenly.core.kernels.launch import ACTIVATIONS, DTYPES, MEASURED, SCALES, Entry, Unsupported
 from evenly.core.kernels.lowering import Block
-from evenly.core.kernels.operator import (
-    ACTIVATIONS,
-    DTYPES,
-    MEASURED,
-    SCALES,
-    Entry,
-    Normalize,
-    Unsupported,
-    announced,
-    applied,
-)
 from evenly.core.patterns import Plan
 
 __all__ = ["CpuEntry", "load"]

@@ -6,7 +6,7 @@ with statistics of float32 (float64 for float64). Triton comes with PyTorch's CU
 it is first needed; until then it is not imported. Without it, PyTorch computes the same.
 
 Three thin layers, as in Liger-Kernel: ``kernels`` (what a program computes), ``entry`` (how a call becomes programs),
-and the operator, which is shared with the CPU (:mod:`evenly.core.kernels.operator`).
+and the operator, which is shared with the CPU (:mod:`evenly.core.kernels.compiled`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from evenly.core.kernels.operator import Entry
+    from evenly.core.kernels.launch import Entry
 
 __all__ = ["describe", "interpreted", "load", "why_not"]
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from evenly.core.kernels.cuda import interpreted, kernels
+from evenly.core.kernels.launch import ACTIVATIONS, MEASURED, SCALES, Entry, Unsupported
 from evenly.core.kernels.lowering import Block
-from evenly.core.kernels.operator import ACTIVATIONS, MEASURED, SCALES, Entry, Unsupported
 from evenly.core.patterns import Plan
 
 __all__ = ["CudaEntry", "Limits", "limits"]
