@@ -73,6 +73,12 @@ def problems(quick: bool) -> list[tuple[str, tuple[int, ...], dict[str, Any], bo
         ("... d -> ...", (4096, 768), {"affine": "d"}, False),
         ("n c h w -> c", (32, 64, 56, 56), {"affine": "c", "activation": "relu", "residual": True}, False),
         ("n c h w -> c", (8, 64, 28, 28), {"affine": "c", "activation": "silu"}, True),
+        (
+            "n c l -> c",
+            (32, 64, 500),
+            {"affine": "c", "activation": "relu", "residual": True, "mask": (32, 1, 500)},
+            False,
+        ),
     ]
     if not quick:
         found += [
@@ -81,6 +87,9 @@ def problems(quick: bool) -> list[tuple[str, tuple[int, ...], dict[str, Any], bo
             ("... d -> ...", (64, 40000), {"affine": "d"}, False),
             ("... d -> ...", (64, 300), {"center": False, "scale": "l2"}, False),
             ("n c l -> n c", (64, 30, 50), {"affine": "c l", "center": False, "scale": "rms"}, False),
+            ("n c h w -> c", (8, 64, 28, 28), {"affine": "c", "activation": "silu", "mask": (8, 1, 28, 28)}, True),
+            ("... d -> ...", (64, 768), {"affine": "d", "residual": True, "mask": (64, 1)}, False),
+            ("n c l -> n c", (64, 30, 50), {"affine": "c l", "activation": "gelu", "mask": (64, 1, 50)}, False),
         ]
     return found
 
@@ -104,6 +113,8 @@ def main() -> None:
             options = dict(options)
             leaf = x.requires_grad_()
             extra = torch.empty_like(x).requires_grad_() if options.pop("residual", False) else None
+            if "mask" in options:
+                options["mask"] = torch.empty(options["mask"], dtype=torch.bool)
             weight = None
             if "affine" in options:
                 size = {"d": shape[-1:], "c": shape[1:2], "(g c)": shape[1:2], "c l": shape[1:]}[options["affine"]]

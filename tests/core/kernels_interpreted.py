@@ -238,6 +238,79 @@ def test_statistics_with_gradients(launch, pattern, shape, last, act):
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
 
 
+# masks of every way to lie in memory: along a run, a flag a run, of the outermost axes, of both ends, of none in order
+MASKED = [
+    ("n d -> n", (13, 37), "d", (13, 37), False),
+    ("n d -> ", (13, 37), "d", (13, 1), False),
+    ("n c l -> c", (7, 6, 50), "c", (7, 1, 50), False),
+    ("n c l -> n", (3, 5, 31), "c l", (3, 1, 31), False),
+    ("n c h w -> c", (5, 7, 3, 5), "c", (5, 1, 3, 5), True),
+    ("n c h w -> n c", (5, 6, 3, 5), "c", (5, 1, 3, 5), True),
+    ("n c h w -> n", (3, 4, 3, 5), "c", (1, 4, 3, 1), False),
+    ("n g c l -> n g", (2, 3, 4, 17), "g c", (2, 3, 1, 17), False),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("how", "act", "residual"),
+    [({}, None, True), ({"correction": 1}, "relu", True), ({"center": False, "scale": "rms"}, "silu", False)],
+    ids=["plain", "relu", "silu"],
+)
+@pytest.mark.parametrize(("pattern", "shape", "affine", "flags", "last"), MASKED)
+def test_masks_against_float64(launch, pattern, shape, affine, flags, last, how, act, residual, dtype):
+    """Output, statistics and every gradient; the first group has no value that counts, the second two."""
+    case = Case(pattern, shape, affine, last)
+    x, w, b, r, dy = leaves(case, dtype, 0, residual)
+    x = (x.double() + 3 * (dtype != torch.bfloat16)).to(dtype)
+    mask = torch.rand(flags, generator=torch.Generator().manual_seed(1)) > 0.3
+    if flags[0] == shape[0]:
+        mask[0] = False
+        mask[1] = False
+        mask[1].view(-1)[:2] = True
+    found = []
+    for kind in (dtype, torch.float64):
+        inputs = [t.detach().to(kind).requires_grad_() for t in (x, w, b, *([r] if residual else []))]
+        rest = inputs[3] if residual else None
+        if kind is dtype and found == []:
+            options = {"affine": affine, "mask": mask, "residual": rest, "activation": act, "return_stats": True}
+            y, m = evenly.normalize(inputs[0], pattern, weight=inputs[1], bias=inputs[2], **options, **how)
+            assert isinstance(y.grad_fn.spec[0], launches.CudaEntry)
+        else:
+            plan = bind(pattern, x.shape)
+            axes = [[pattern.split("->")[0].split().index(name)] for name in affine.split()]
+            call = reference.Call(
+                weight=inputs[1], bias=inputs[2], affine=axes, mask=mask, residual=rest, activation=act,
+                want_stats=True, **how,
+            )  # fmt: skip
+            m = reference.normalize(inputs[0], plan, call)
+            y = m.y
+        spread = (m.mean.nan_to_num(0) + m.var.nan_to_num(0)).sum()
+        grads = torch.autograd.grad((y * dy.to(kind)).sum() + spread.to(kind) * 0.1, inputs)
+        found.append((m.mean, m.var, m.count, y, *grads))
+    for name, got, want in zip(("mean", "var", "count", "y", "dx", "dw", "db", "dr"), *found, strict=False):
+        slack = 40 if name in ("dw", "db", "var") else 8
+        size = max(1.0, float(want.detach().nan_to_num(0).abs().max()))
+        both = torch.isnan(want) & torch.isnan(got)
+        error = (got.double() - want).masked_fill(both, 0).abs().max()
+        assert error <= slack * TOLERANCE[dtype] * size, (name, float(error), size)
+
+
+def test_the_operator_with_a_mask(launch):
+    torch.manual_seed(0)
+    x, mask = torch.randn(4, 6, 10, requires_grad=True), torch.rand(4, 1, 10) > 0.3
+    options = ("n c l -> c", [], [], "", True, "std", 1e-5, 0.0, "silu", True)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(
+        torch.ops.evenly.fused_normalize.default, (x, None, None, None, None, None, mask, *options), test_utils=checks
+    )
+    y, *_ = torch.ops.evenly.fused_normalize(x, None, None, None, None, None, mask, *options)
+    want = evenly.normalize(x, "n c l -> c", mask=mask, activation="silu")
+    torch.testing.assert_close(y, want, rtol=0, atol=0)
+    seed = torch.randn_like(y)
+    assert torch.equal(*(torch.autograd.grad(t, x, seed)[0] for t in (y, want)))
+
+
 def evenly_reference(x: Tensor, pattern: str) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     result = reference.normalize(x, bind(pattern, x.shape), reference.Call(want_stats=True))
     return result.y, (result.mean, result.var)

@@ -431,6 +431,37 @@ def test_masked_bits_do_not_depend_on_the_number_of_threads(how, last):
             assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("scale", ["rms", None])
+def test_a_mean_that_is_not_measured_is_a_constant(scale, masked):
+    x = torch.randn(5, 40, requires_grad=True)
+    mask = torch.rand(5, 40) > 0.3 if masked else None
+    _, m = evenly.normalize(x, "n d -> n", center=False, scale=scale, mask=mask, return_stats=True)
+    assert not m.mean.requires_grad
+    assert not m.mean.any()
+
+    def total(x: Tensor) -> Tensor:
+        y, m = evenly.normalize(x, "n d -> n", center=False, scale="rms", mask=mask, return_stats=True)
+        return m.mean.sum() + 0 * y.sum()
+
+    compiled = torch.compile(total, backend="aot_eager", fullgraph=True)
+    assert not torch.autograd.grad(compiled(x), x)[0].any()
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_a_group_of_which_nothing_counts_leaves_gradients_alone(kernel):
+    x, w = torch.randn(3, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+    mask = torch.ones(3, 8, dtype=torch.bool)
+    mask[0] = False
+    options = {"mask": mask, "correction": 1, "weight": w, "affine": "d"}
+    with nullcontext() if kernel else reference_alone():
+        y, m = evenly.normalize(x, "n d -> n", **options, return_stats=True)
+        dx, dw = torch.autograd.grad(y.square().sum(), (x, w))
+    assert m.var[0] == 0
+    assert not dx[0].any()
+    assert dw.isfinite().all()
+
+
 def test_given_statistics_are_returned():
     x, mean, var = torch.randn(5, 6, 7), torch.randn(6), torch.rand(6)
     y, m = evenly.normalize(x, "n c l -> c", stats=(mean, var), return_stats=True)

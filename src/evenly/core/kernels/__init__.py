@@ -81,7 +81,7 @@ register(
         "cuda",
         _on("cuda"),
         operator.run,
-        "Triton kernels for contiguous and channels-last memory: std, rms and l2; first order",
+        "Triton kernels for contiguous and channels-last memory: std, rms and l2, masks; first order",
     )
 )
 serve("cpu", cpu_entry.load)

@@ -208,6 +208,9 @@ def _operator_autograd(
         dy = torch.zeros_like(x)
     if not ctx.want_stats:
         dmean = dvar = None
+    center, scale = ctx.arguments[4:6]
+    if not center and scale != "std":
+        dmean = None  # the mean is zero, a constant
     activation = ctx.arguments[-1]
     wanted = [needs[0], needs[1] and weight is not None, needs[2] and bias is not None, needs[3]]
     dx, dweight, dbias, dresidual = torch.ops.evenly.fused_normalize_backward(
@@ -236,7 +239,7 @@ def supports(x: Tensor, plan: Plan, call: Call) -> bool:
     if call.want_stats and (call.mean is not None or call.var is not None):
         return False
     own_norm = call.scale in ("l1", "max") or (call.scale == "l2" and x.dtype == torch.float64)
-    if x.device.type == "cuda" and (own_norm or call.mask is not None):
+    if x.device.type == "cuda" and own_norm:
         return False  # as the constructor of its entries says
     order = tuple(range(x.ndim))
     lowered = block(plan, order)

@@ -49,11 +49,13 @@ class Normalize(torch.autograd.Function):
         if moments is None:
             return y
         ctx.set_materialize_grads(False)
+        constant = [] if entry.means else [moments[0]]
         if mask is None:
+            ctx.mark_non_differentiable(*constant)
             return (y, *moments)
         assert stats is not None
         count = stats[3].clone()
-        ctx.mark_non_differentiable(count)
+        ctx.mark_non_differentiable(count, *constant)
         return (y, *moments, count)
 
     @staticmethod

@@ -66,6 +66,7 @@ class Entry(ABC):
         "index",
         "keeps",
         "mask",
+        "means",
         "natural",
         "on_cpu",
         "options",
@@ -115,6 +116,7 @@ class Entry(ABC):
         )
         # One number seen through strides of 0: to allocate like it is cheaper than from a shape and a dtype.
         self.stats_like = torch.empty(1, dtype=self.stats_dtype, device=x.device).expand(self.stats_shape)
+        self.means = bool(options["center"]) or options["scale"] == "std"  # or the mean is zero, a constant
         self.keeps = True  # statistics, from the forward pass to the backward pass
         self.signs = 0  # bytes of the sign bits that are kept for the backward pass
         self.shape = plan.shape

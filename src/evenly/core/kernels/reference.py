@@ -157,7 +157,8 @@ def _corrected(var: Tensor, sharing: _Sharing, correction: float) -> Tensor:
         return var
     count = sharing.count
     if isinstance(count, Tensor):
-        return var * (count / (count - correction).clamp(min=0))
+        share = count / (count - correction).clamp(min=0)
+        return var * torch.where(count > 0, share, torch.zeros_like(share))  # the variance of nothing is zero
     left = max(count - correction, 0)
     return var * (count / left if left else float("nan"))
 

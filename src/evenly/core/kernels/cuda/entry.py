@@ -73,6 +73,7 @@ class CudaEntry(Entry):
         "acc",
         "cols",
         "common",
+        "flags_at",
         "fused",
         "given",
         "groups",
@@ -105,9 +106,9 @@ class CudaEntry(Entry):
         mask: tuple[int, int, int] | None = None,
     ) -> None:
         scale = options["scale"]
-        if mask is not None or scale in ("l1", "max") or (scale == "l2" and x.dtype == torch.float64):
+        if scale in ("l1", "max") or (scale == "l2" and x.dtype == torch.float64):
             raise Unsupported
-        super().__init__(plan, order, lowered, index, x, weight, options, signs=signs, given=given)
+        super().__init__(plan, order, lowered, index, x, weight, options, signs=signs, given=given, mask=mask)
         k0, r0, k1, r1 = lowered.sizes
         self.given = given
         self.number = x.numel()
@@ -127,8 +128,10 @@ class CudaEntry(Entry):
             "CENTER": bool(options["center"]),
             "SCALE": SCALES[options["scale"]],
             "ACT": ACTIVATIONS[self.activation],
+            "MASKED": mask is not None,
             "ACC": self.acc,
         }
+        self.flags_at = dict(zip(("mouter", "mdiv", "msize"), mask or (1, 1, 1), strict=True))
         self.int_shape = {
             "K": self.groups,
             "A": self.A,
@@ -140,6 +143,7 @@ class CudaEntry(Entry):
             "R1": r1,
             "wdiv": self.wdiv,
             "wsize": max(1, self.wsize),
+            **self.flags_at,
         }
 
     def _runs(self, wdiv: int, wsize: int) -> None:
@@ -191,13 +195,13 @@ class CudaEntry(Entry):
     ) -> Tensor:
         y = torch.empty_like(x)
         with _on(x):
-            self._forward(x, weight, bias, residual, y, stats, bits, given, moments, running)
+            self._forward(x, weight, bias, residual, y, stats, bits, given, moments, running, _flags(mask))
         return y
 
     def moments(self, x: Tensor, stats: Tensor | None = None) -> tuple[Tensor, Tensor]:
         found = self.empty_moments()
         with _on(x):
-            self._forward(x, None, None, None, None, stats, None, MEASURED, found, None)
+            self._forward(x, None, None, None, None, stats, None, MEASURED, found, None, None)
         return found
 
     def _forward(
@@ -212,6 +216,7 @@ class CudaEntry(Entry):
         given: tuple[Tensor | None, Tensor | None],
         moments: tuple[Tensor, Tensor] | None,
         running: tuple[Tensor, Tensor, float] | None,
+        flags: Tensor | None,
     ) -> None:
         mean_out, var_out = moments or (None, None)
         mean, var, momentum = running or (None, None, 0.0)
@@ -226,7 +231,7 @@ class CudaEntry(Entry):
         if self.fused and not self.given:
             rows, high, wide = self._fused_tile()
             kernels.fused_forward[(_ceil(self.groups, rows),)](
-                x, residual, weight, bias, y, stats, bits, mean_out, var_out, mean, var,
+                x, residual, weight, bias, y, stats, bits, flags, mean_out, var_out, mean, var,
                 **self.int_shape, row_bytes=self.row_bytes, n=self.plan.count, momentum=bytes_of,
                 **measured, **self.common, **affine, SPREAD=self.spread, STORE=y is not None,
                 SAVE=stats is not None, ROWS=rows, AP=high, BP=wide, num_warps=_warps(rows * high * wide),
@@ -236,12 +241,12 @@ class CudaEntry(Entry):
         if not self.given:
             if stats is None and y is not None:
                 stats = torch.empty_like(self.stats_like)
-            self._measure(x, stats, mean_out, var_out, mean, var, bytes_of, measured)
+            self._measure(x, flags, stats, mean_out, var_out, mean, var, bytes_of, measured)
         if y is None:
             return
         height, width, across, tiles, outer = self._apply_tiles()
         kernels.apply[(outer * tiles,)](
-            x, residual, weight, bias, y, stats, bits, *given,
+            x, residual, weight, bias, y, stats, bits, flags, *given,
             **self.int_shape, R0=self.block.sizes[1], row_bytes=self.row_bytes, tiles=tiles, across=across,
             EPS=measured["EPS"], **self.common, **affine, GIVEN=self.given, SPREAD=self.spread, COLS=self.cols,
             SAVE=save, BR=height, BC=width, num_warps=_warps(height * width),
@@ -250,6 +255,7 @@ class CudaEntry(Entry):
     def _measure(
         self,
         x: Tensor,
+        flags: Tensor | None,
         stats: Tensor | None,
         mean_out: Tensor | None,
         var_out: Tensor | None,
@@ -269,7 +275,8 @@ class CudaEntry(Entry):
             many = k0 * splits * length
             part = torch.empty((3, many), dtype=torch.float64, device=x.device)
             kernels.partial_cols[(k0 * splits * blocks,)](
-                x, part, r0, length, splits, blocks, every, many, RAW=raw, ACC=self.acc, BR=height, BC=width,
+                x, flags, part, r0, length, **self.flags_at, splits=splits, blocks=blocks, every=every, many=many,
+                RAW=raw, MASKED=self.mask is not None, ACC=self.acc, BR=height, BC=width,
                 num_warps=_warps(height * width),
             )  # fmt: skip
             inner = r1
@@ -281,15 +288,17 @@ class CudaEntry(Entry):
             many = self.groups * splits
             part = torch.empty((3, many), dtype=torch.float64, device=x.device)
             kernels.partial_runs[(self.groups * splits,)](
-                x, part, self.A, self.seg, self.nseg, shape["L"], shape["R0L"], k1, r1, splits, tiles, across, every,
-                many, RAW=raw, SPREAD=self.spread, ACC=self.acc, BR=height, BC=width, num_warps=_warps(height * width),
+                x, flags, part, self.A, self.seg, self.nseg, shape["L"], shape["R0L"], k1, r1, **self.flags_at,
+                splits=splits, tiles=tiles, across=across, every=every, many=many, RAW=raw, SPREAD=self.spread,
+                MASKED=self.mask is not None, ACC=self.acc, BR=height, BC=width, num_warps=_warps(height * width),
             )  # fmt: skip
             inner = 1
         rows, q = _combining(splits * inner)
         kernels.combine[(_ceil(self.groups, rows),)](
             part, stats, mean_out, var_out, running_mean, running_var, self.groups, k1, inner, splits, many,
             n=self.plan.count, momentum=momentum, **options, CENTER=self.common["CENTER"], SCALE=self.common["SCALE"],
-            SAVE=stats is not None, DOUBLE=self.stats_dtype == torch.float64, ROWS=rows, Q=q, num_warps=4,
+            SAVE=stats is not None, MASKED=self.mask is not None, DOUBLE=self.stats_dtype == torch.float64, ROWS=rows,
+            Q=q, num_warps=4,
         )  # fmt: skip
 
     # ---- backward ---------------------------------------------------------------------------------------------------
@@ -314,13 +323,15 @@ class CudaEntry(Entry):
         dbias = torch.empty_like(bias) if bias is not None and needs[2] else None
         dresidual = through = None
         if needs[3]:
-            # without an activation the gradient passes unchanged
-            dresidual = dy if self.activation is None else torch.empty_like(x)
-            through = None if self.activation is None else dresidual
+            # without an activation and a mask the gradient passes unchanged
+            unchanged = self.activation is None and mask is None
+            dresidual = dy if unchanged else torch.empty_like(x)
+            through = None if unchanged else dresidual
         if self.given:
             dmean = dvar = None
         with _on(x):
-            self._backward((dy, x, residual, weight, bias, stats, bits), dx, dweight, dbias, through, dmean, dvar)
+            inputs = (dy, x, residual, weight, bias, stats, bits, _flags(mask))
+            self._backward(inputs, dx, dweight, dbias, through, dmean, dvar)
         return dx, dweight, dbias, dresidual
 
     def _backward(
@@ -333,7 +344,7 @@ class CudaEntry(Entry):
         dmean: Tensor | None,
         dvar: Tensor | None,
     ) -> None:
-        x, residual, weight, bias, stats, bits = inputs[1:]
+        x, residual, weight, bias, stats, bits = inputs[1:7]
         assert x is not None and stats is not None
         shape = self.int_shape
         affine = self._affine(weight, bias, residual, bits)
@@ -392,9 +403,11 @@ class CudaEntry(Entry):
             if dx is not None and not self.given:
                 coefficients = torch.empty((2, self.groups), dtype=self.stats_dtype, device=x.device)
                 rows, q = _combining(splits * (r1 if self.cols else self.A))
+                runs_only = {name: value for name, value in shape.items() if name not in self.flags_at}
                 kernels.back_combine[(_ceil(self.groups, rows),)](
-                    part, weight, stats, coefficients, dmean, dvar, **shape, splits=splits, many=many,
+                    part, weight, stats, coefficients, dmean, dvar, **runs_only, splits=splits, many=many,
                     n=self.plan.count, **ends, CENTER=how["CENTER"], SCALE=how["SCALE"], GIVEN=self.given,
+                    MASKED=how["MASKED"],
                     MODE=self.mode, SPREAD=self.spread, COLS=self.cols, WEIGHT=weight is not None,
                     ACC=self.acc, DOUBLE=self.stats_dtype == torch.float64, ROWS=rows, Q=q, num_warps=4,
                 )  # fmt: skip
@@ -423,6 +436,7 @@ class CudaEntry(Entry):
         part = torch.empty((2, many), dtype=self.stats_dtype, device=self.device)
         how = {name: value for name, value in how.items() if name not in ("MODE", "PHASE")}
         shape = {name: self.int_shape[name] for name in ("K", "seg", "L", "R0L", "K1", "R1", "wdiv", "wsize")}
+        shape |= self.flags_at
         kernels.back_weights[(splits * blocks,)](
             *inputs, part, **shape, row_bytes=self.row_bytes, rows=rows, period=period, splits=splits, blocks=blocks,
             every=every, many=many, **how, BR=height, BC=width, num_warps=_warps(height * width),
@@ -497,6 +511,11 @@ class CudaEntry(Entry):
         each = (rows.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=bits.device)) & 1
         laid = each.flatten(1)[:, : self.row_length].bool().reshape([x.shape[axis] for axis in self.order])
         return laid.permute([self.order.index(axis) for axis in range(x.ndim)])
+
+
+def _flags(mask: Tensor | None) -> Tensor | None:
+    """A mask as bytes."""
+    return None if mask is None else mask.view(torch.uint8)
 
 
 def _combining(count: int) -> tuple[int, int]:

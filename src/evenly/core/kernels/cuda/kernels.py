@@ -15,6 +15,8 @@ Statistics: the mean of a tile, then the moments about it (two passes over regis
 pivot, and splits in double precision (Chan, Golub & LeVeque, "Algorithms for computing the sample variance", The
 American Statistician 37, 1983). A mean is kept as two numbers, ``m + low``, of which the second is what rounding took
 from it. Where a sum of squares leaves the range of float32 it is taken again in double precision.
+
+MASKED: only values whose flag is set count, and the others are zero in the output and have no gradient.
 """
 
 from __future__ import annotations
@@ -111,6 +113,7 @@ def _scale(ss, n, EPS: tl.constexpr, CORRECTION: tl.constexpr, SCALE: tl.constex
     """The variance and the reciprocal of the scale, from a sum of squares; DOUBLE: whether the input is."""
     left = n - CORRECTION
     var = tl.where(left > 0, _divide(ss, tl.where(left > 0, left, 1.0).to(ss.dtype) + tl.zeros_like(ss)), float("nan"))
+    var = tl.where(n > 0, var, 0.0)
     one = tl.zeros_like(ss) + 1.0
     if SCALE == _STD or SCALE == _RMS:
         r = _divide(one, _root(var + EPS))
@@ -173,6 +176,7 @@ def _back(
 def _finish(
     mean, low, var, r, m2, n, k, inside, stats, mean_out, var_out, running_mean, running_var, momentum, K,
     CENTER: tl.constexpr, SCALE: tl.constexpr, SAVE: tl.constexpr, MOMENTS: tl.constexpr, RUNNING: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Store what was measured."""
     if SAVE:
@@ -180,6 +184,8 @@ def _finish(
         tl.store(stats + k, mean.to(kind), mask=inside)
         tl.store(stats + K + k, r.to(kind), mask=inside)
         tl.store(stats + 2 * K + k, low.to(kind), mask=inside)
+        if MASKED:
+            tl.store(stats + 3 * K + k, n.to(kind), mask=inside)
     if MOMENTS:
         tl.store(mean_out + k, (mean + low).to(mean_out.dtype.element_ty), mask=inside)
         tl.store(var_out + k, var.to(var_out.dtype.element_ty), mask=inside)
@@ -192,6 +198,31 @@ def _finish(
         new_var = (1 - share) * old_var + share * (m2.to(tl.float64) / (n - 1))
         tl.store(running_mean + k, new_mean.to(running_mean.dtype.element_ty), mask=inside)
         tl.store(running_var + k, new_var.to(running_var.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _chosen(flags, at, inside, mouter, mdiv, msize, MASKED: tl.constexpr):
+    """What of a tile counts; see :func:`evenly.core.kernels.lowering.mask_index`."""
+    if MASKED:
+        flag = tl.load(flags + (at // mouter) * msize + (at // mdiv) % msize, mask=inside, other=0)
+        return inside & (flag != 0)
+    else:
+        return inside
+
+
+@triton.jit
+def _shown(v, chosen, MASKED: tl.constexpr):
+    """Zero where a value does not count."""
+    if MASKED:
+        return tl.where(chosen, v, 0.0)
+    else:
+        return v
+
+
+@triton.jit
+def _some(n):
+    """A count to divide by: of nothing, the sum is zero."""
+    return tl.where(n > 0, n, n * 0 + 1)
 
 
 # ---- a group in one tile --------------------------------------------------------------------------------------------
@@ -235,12 +266,13 @@ def _parameter(p, start, j, run, column, wdiv, wsize, MODE: tl.constexpr, PHASE:
 
 @triton.jit(do_not_specialize=["n", "momentum"])
 def fused_forward(
-    x, residual, weight, bias, y, stats, bits, mean_out, var_out, running_mean, running_var,
-    K, A, seg, nseg, L, R0L, K1, R1, wdiv, wsize, row_bytes, n, momentum,
+    x, residual, weight, bias, y, stats, bits, flags, mean_out, var_out, running_mean, running_var,
+    K, A, seg, nseg, L, R0L, K1, R1, wdiv, wsize, mouter, mdiv, msize, row_bytes, n, momentum,
     EPS: tl.constexpr, CORRECTION: tl.constexpr, CENTER: tl.constexpr, SCALE: tl.constexpr, ACT: tl.constexpr,
     MODE: tl.constexpr, PHASE: tl.constexpr, SPREAD: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr, BITS: tl.constexpr, STORE: tl.constexpr, SAVE: tl.constexpr, MOMENTS: tl.constexpr,
-    RUNNING: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, AP: tl.constexpr, BP: tl.constexpr,
+    RUNNING: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, AP: tl.constexpr,
+    BP: tl.constexpr,
 ):  # fmt: skip
     """ROWS groups a program, each read once."""
     k = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -252,13 +284,18 @@ def fused_forward(
     inside = run[:, :, None] & column[None, None, :]
     start = _starts(k, a, seg, nseg, L, R0L, K1, R1, SPREAD)
     at = start[:, :, None] + j[None, None, :]
-    v = tl.load(x + at, mask=inside, other=0).to(ACC)
+    chosen = _chosen(flags, at, inside, mouter, mdiv, msize, MASKED)
+    v = tl.load(x + at, mask=chosen, other=0).to(ACC)
 
-    number = n.to(ACC)
+    if MASKED:
+        number = tl.sum(tl.sum(chosen.to(tl.int32), axis=2), axis=1).to(ACC)
+    else:
+        number = n.to(ACC)
+    wide_number = number.to(tl.float64)
     if CENTER or SCALE == _STD:
-        mean = tl.sum(tl.sum(v, axis=2), axis=1) / number
-        d = tl.where(inside, v - mean[:, None, None], 0.0)
-        low = tl.sum(tl.sum(d, axis=2), axis=1) / number
+        mean = tl.sum(tl.sum(v, axis=2), axis=1) / _some(number)
+        d = tl.where(chosen, v - mean[:, None, None], 0.0)
+        low = tl.sum(tl.sum(d, axis=2), axis=1) / _some(number)
         low = tl.where(_finite(low), low, 0.0)
         ss = tl.sum(tl.sum(d * d, axis=2), axis=1) - low * low * number
         ss = tl.where(ss < 0, 0.0, ss)
@@ -273,14 +310,14 @@ def fused_forward(
     if not DOUBLE:
         odd = here & (~(ss < _LARGEST) | (ss < _SMALLEST))
         if tl.max(odd.to(tl.int32), axis=0) > 0:
-            wide = tl.where(inside, d.to(tl.float64) - low.to(tl.float64)[:, None, None], 0.0)
+            wide = tl.where(chosen, d.to(tl.float64) - low.to(tl.float64)[:, None, None], 0.0)
             m2 = tl.sum(tl.sum(wide * wide, axis=2), axis=1)
-            var64, r64 = _scale(m2, n.to(tl.float64), EPS, CORRECTION, SCALE, DOUBLE)
+            var64, r64 = _scale(m2, wide_number, EPS, CORRECTION, SCALE, DOUBLE)
             var = var64.to(ACC)
             r = r64.to(ACC)
     _finish(
-        mean, low, var, r, m2, n.to(tl.float64), k, here, stats, mean_out, var_out, running_mean, running_var,
-        momentum, K, CENTER, SCALE, SAVE, MOMENTS, RUNNING,
+        mean, low, var, r, m2, wide_number, k, here, stats, mean_out, var_out, running_mean, running_var,
+        momentum, K, CENTER, SCALE, SAVE, MOMENTS, RUNNING, MASKED,
     )  # fmt: skip
     if STORE:
         c, shift = _shift(mean, r, low, CENTER, SCALE, False)
@@ -300,7 +337,8 @@ def fused_forward(
             where = tl.reshape(start // seg, (ROWS * AP,))[:, None] * row_bytes + byte[None, :]
             holds = tl.reshape(run, (ROWS * AP,))[:, None] & (byte < row_bytes)[None, :]
             tl.store(bits + where, packed, mask=holds)
-        tl.store(y + at, _activate(out, ACT).to(y.dtype.element_ty), mask=inside)
+        out = _shown(_activate(out, ACT), chosen, MASKED)
+        tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -312,13 +350,13 @@ def _pack(v, M: tl.constexpr, N: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n"])
 def fused_backward(
-    dy, x, residual, weight, bias, stats, bits, dx, dresidual, part, dmean, dvar,
-    K, A, seg, nseg, L, R0L, K1, R1, wdiv, wsize, row_bytes, n, tiles, runs,
+    dy, x, residual, weight, bias, stats, bits, flags, dx, dresidual, part, dmean, dvar,
+    K, A, seg, nseg, L, R0L, K1, R1, wdiv, wsize, mouter, mdiv, msize, row_bytes, n, tiles, runs,
     EPS: tl.constexpr, CORRECTION: tl.constexpr, CENTER: tl.constexpr, SCALE: tl.constexpr, ACT: tl.constexpr,
     GIVEN: tl.constexpr, MODE: tl.constexpr, PHASE: tl.constexpr, SPREAD: tl.constexpr, WEIGHT: tl.constexpr,
     BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BITS: tl.constexpr, STORE: tl.constexpr, THROUGH: tl.constexpr,
-    SUMS: tl.constexpr, DMEAN: tl.constexpr, DVAR: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr,
-    AP: tl.constexpr, BP: tl.constexpr,
+    SUMS: tl.constexpr, DMEAN: tl.constexpr, DVAR: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr,
+    ROWS: tl.constexpr, AP: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """Each program takes every num_programs-th tile; SUMS: what the gradients of weights are made of goes to part."""
     pid = tl.program_id(0)
@@ -336,14 +374,15 @@ def fused_backward(
         inside = run[:, :, None] & column[None, None, :]
         start = _starts(k, a, seg, nseg, L, R0L, K1, R1, SPREAD)
         at = start[:, :, None] + j[None, None, :]
+        chosen = _chosen(flags, at, inside, mouter, mdiv, msize, MASKED)
         mean = tl.load(stats + k, mask=here, other=0)
         r = tl.load(stats + K + k, mask=here, other=0)
         low = tl.load(stats + 2 * K + k, mask=here, other=0)
         c, shift = _shift(mean, r, low, CENTER, SCALE, GIVEN)
-        v = tl.load(x + at, mask=inside, other=0).to(ACC)
-        g = tl.load(dy + at, mask=inside, other=0).to(ACC)
+        v = tl.load(x + at, mask=chosen, other=0).to(ACC)
+        g = tl.load(dy + at, mask=chosen, other=0).to(ACC)
         u = (v - mean[:, None, None]) * r[:, None, None]
-        v = tl.where(inside, u + (c + shift)[:, None, None], 0.0)
+        v = tl.where(chosen, u + (c + shift)[:, None, None], 0.0)
         if WEIGHT:
             w = _parameter(weight, start, j, run, column, wdiv, wsize, MODE, PHASE).to(ACC)
         if BITS:
@@ -359,7 +398,7 @@ def fused_backward(
                 out += _parameter(bias, start, j, run, column, wdiv, wsize, MODE, PHASE).to(ACC)
             if RESIDUAL:
                 out += tl.load(residual + at, mask=inside, other=0).to(ACC)
-            g = tl.where(inside, _activate_backward(g, out, ACT), 0.0)
+            g = tl.where(chosen, _activate_backward(g, out, ACT), 0.0)
         if THROUGH:
             tl.store(dresidual + at, g.to(dresidual.dtype.element_ty), mask=inside)
         gv = g * v
@@ -376,10 +415,15 @@ def fused_backward(
                 gv = gv * w
             s1 = tl.sum(tl.sum(g, axis=2), axis=1)
             sv = tl.sum(tl.sum(gv, axis=2), axis=1)
+            if MASKED and not GIVEN:
+                count = tl.load(stats + 3 * K + k, mask=here, other=1)
+            else:
+                count = number
             b, e = _back(
-                s1, sv, r, c, number, dmean, dvar, k, here, EPS, CORRECTION, CENTER, SCALE, GIVEN, DMEAN, DVAR, DOUBLE
+                s1, sv, r, c, count, dmean, dvar, k, here, EPS, CORRECTION, CENTER, SCALE, GIVEN, DMEAN, DVAR, DOUBLE
             )
             out = g * r[:, None, None] + (u * b[:, None, None] + e[:, None, None])
+            out = _shown(out, chosen, MASKED)
             tl.store(dx + at, out.to(dx.dtype.element_ty), mask=inside)
     if SUMS and MODE == 2:
         where = pid.to(tl.int64) * (A * seg) + a[:, None] * seg + j[None, :]
@@ -412,8 +456,9 @@ def _merge(n, off, ss, bn, boff, bss):
 
 @triton.jit
 def partial_runs(
-    x, part, A, seg, nseg, L, R0L, K1, R1, splits, tiles, across, every, many,
-    RAW: tl.constexpr, SPREAD: tl.constexpr, ACC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    x, flags, part, A, seg, nseg, L, R0L, K1, R1, mouter, mdiv, msize, splits, tiles, across, every, many,
+    RAW: tl.constexpr, SPREAD: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr, BR: tl.constexpr,
+    BC: tl.constexpr,
 ):  # fmt: skip
     """A program: ``every`` of the tiles of one group; ``across`` tiles cover a run. part: n, mean, m2 in double."""
     pid = tl.program_id(0)
@@ -424,6 +469,7 @@ def partial_runs(
     off = n
     pivot = n
     ss = (pid * 0).to(tl.float64)
+    counted = (pid * 0).to(tl.int64)
     first = split * every
     for tile in range(first, tl.minimum(first + every, tiles)):
         a = (tile // across) * BR + tl.arange(0, BR)
@@ -431,21 +477,27 @@ def partial_runs(
         inside = (a < A)[:, None] & (j < seg)[None, :]
         start = _begin(k, R0L, K1, R1) + _step(a, seg, nseg, L, SPREAD)
         at = start[:, None] + j[None, :]
-        v = tl.load(x + at, mask=inside, other=0).to(ACC)
-        rows = tl.minimum(A - (tile // across) * BR, BR)
-        columns = tl.minimum(seg - (tile % across) * BC, BC)
-        bn = (rows * columns).to(ACC)
+        chosen = _chosen(flags, at, inside, mouter, mdiv, msize, MASKED)
+        v = tl.load(x + at, mask=chosen, other=0).to(ACC)
+        if MASKED:
+            values = tl.sum(tl.sum(chosen.to(tl.int32), axis=1), axis=0)
+        else:
+            rows = tl.minimum(A - (tile // across) * BR, BR)
+            columns = tl.minimum(seg - (tile % across) * BC, BC)
+            values = rows * columns
+        counted += values
+        bn = values.to(ACC)
         if RAW:
             d = v
             boff = n * 0
             square = tl.sum(d * d)
         else:
-            if tile == first:
-                pivot = _pivot(tl.sum(v), bn)
-            d = tl.where(inside, v - pivot, 0.0)
-            boff = tl.sum(d) / bn
-            d = tl.where(inside, d - boff, 0.0)
-            left = tl.sum(d) / bn
+            if n == 0:  # nothing has been merged
+                pivot = _pivot(tl.sum(v), _some(bn))
+            d = tl.where(chosen, v - pivot, 0.0)
+            boff = tl.sum(d) / _some(bn)
+            d = tl.where(chosen, d - boff, 0.0)
+            left = tl.sum(d) / _some(bn)
             left = tl.where(_finite(left), left, 0.0)
             boff += left
             square = tl.sum(d * d) - left * left * bn
@@ -457,15 +509,15 @@ def partial_runs(
                 bss = tl.sum(wide * wide)
         n, off, ss = _merge(n, off, ss, bn, boff, bss)
     where = ((k // K1) * splits + split) * K1 + k % K1
-    tl.store(part + where, n.to(tl.float64))
+    tl.store(part + where, counted.to(tl.float64))
     tl.store(part + many + where, pivot.to(tl.float64) + off.to(tl.float64))
     tl.store(part + 2 * many + where, ss)
 
 
 @triton.jit
 def partial_cols(
-    x, part, R0, L, splits, blocks, every, many,
-    RAW: tl.constexpr, ACC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    x, flags, part, R0, L, mouter, mdiv, msize, splits, blocks, every, many,
+    RAW: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """A program: BC columns of ``every`` tiles of BR rows. part: n, mean, m2 of each column, in double."""
     pid = tl.program_id(0)
@@ -475,28 +527,32 @@ def partial_cols(
     DOUBLE: tl.constexpr = ACC == tl.float64
     j = block * BC + tl.arange(0, BC)
     column = j < L
-    n = (pid * 0).to(ACC)
+    n = tl.zeros((BC,), ACC)
     off = tl.zeros((BC,), ACC)
     ss = tl.zeros((BC,), tl.float64)
+    counted = tl.zeros((BC,), tl.int64)
     pivot = tl.zeros((BC,), ACC)
     first = split * every * BR
     for begin in range(first, tl.minimum(first + every * BR, R0), BR):
         row = begin + tl.arange(0, BR)
         inside = (row < R0)[:, None] & column[None, :]
         at = (k0 * R0 + row)[:, None] * L + j[None, :]
-        v = tl.load(x + at, mask=inside, other=0).to(ACC)
-        bn = tl.minimum(R0 - begin, BR).to(ACC)
+        chosen = _chosen(flags, at, inside, mouter, mdiv, msize, MASKED)
+        v = tl.load(x + at, mask=chosen, other=0).to(ACC)
+        values = tl.sum(chosen.to(tl.int32), axis=0)
+        counted += values
+        bn = values.to(ACC)
         if RAW:
             d = v
             boff = tl.zeros((BC,), ACC)
             square = tl.sum(d * d, axis=0)
         else:
-            if begin == first:
-                pivot = _pivot(tl.sum(v, axis=0), bn)
-            d = tl.where(inside, v - pivot[None, :], 0.0)
-            boff = tl.sum(d, axis=0) / bn
-            d = tl.where(inside, d - boff[None, :], 0.0)
-            left = tl.sum(d, axis=0) / bn
+            # of a column of which nothing has been merged
+            pivot = tl.where(n > 0, pivot, _pivot(tl.sum(v, axis=0), _some(bn)))
+            d = tl.where(chosen, v - pivot[None, :], 0.0)
+            boff = tl.sum(d, axis=0) / _some(bn)
+            d = tl.where(chosen, d - boff[None, :], 0.0)
+            left = tl.sum(d, axis=0) / _some(bn)
             left = tl.where(_finite(left), left, 0.0)
             boff += left
             square = tl.sum(d * d, axis=0) - left * left * bn
@@ -509,7 +565,7 @@ def partial_cols(
                 bss = tl.sum(wide * wide, axis=0)
         n, off, ss = _merge(n, off, ss, bn, boff, bss)
     where = (k0 * splits + split) * L + j
-    tl.store(part + where, tl.zeros((BC,), tl.float64) + n.to(tl.float64), mask=column)
+    tl.store(part + where, counted.to(tl.float64), mask=column)
     tl.store(part + many + where, pivot.to(tl.float64) + off.to(tl.float64), mask=column)
     tl.store(part + 2 * many + where, ss, mask=column)
 
@@ -518,7 +574,8 @@ def partial_cols(
 def combine(
     part, stats, mean_out, var_out, running_mean, running_var, K, K1, J, splits, many, n, momentum,
     EPS: tl.constexpr, CORRECTION: tl.constexpr, CENTER: tl.constexpr, SCALE: tl.constexpr, SAVE: tl.constexpr,
-    MOMENTS: tl.constexpr, RUNNING: tl.constexpr, DOUBLE: tl.constexpr, ROWS: tl.constexpr, Q: tl.constexpr,
+    MOMENTS: tl.constexpr, RUNNING: tl.constexpr, MASKED: tl.constexpr, DOUBLE: tl.constexpr, ROWS: tl.constexpr,
+    Q: tl.constexpr,
 ):  # fmt: skip
     """The statistics of ROWS groups from partial ones, (K0, splits, K1, J), in double precision and a fixed order."""
     k = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -528,15 +585,20 @@ def combine(
     total = tl.zeros((ROWS,), tl.float64)
     pivot = tl.load(part + many + base, mask=here, other=0)
     pivot = tl.where(_finite(pivot), pivot, 0.0)
-    number = n.to(tl.float64)
+    number = total + n.to(tl.float64)
+    counted = tl.zeros((ROWS, Q), tl.float64)
     for begin in range(0, count, Q):
         q = begin + tl.arange(0, Q)
         inside = here[:, None] & (q < count)[None, :]
         at = base[:, None] + ((q // J) * (K1 * J) + q % J)[None, :]
         bn = tl.load(part + at, mask=inside, other=0)
         mean = tl.load(part + many + at, mask=inside, other=0)
+        if MASKED:
+            counted += bn
         total += tl.sum(tl.where(bn > 0, bn * (mean - pivot[:, None]), 0.0), axis=1)
-    shifted = total / number
+    if MASKED:
+        number = tl.sum(counted, axis=1)
+    shifted = total / _some(number)
     m2 = tl.zeros((ROWS,), tl.float64)
     for begin in range(0, count, Q):
         q = begin + tl.arange(0, Q)
@@ -556,7 +618,7 @@ def combine(
         low = tl.where(_finite(low), low, 0.0)
     _finish(
         high, low, var, r, m2, number, k, here, stats, mean_out, var_out, running_mean, running_var, momentum, K,
-        CENTER, SCALE, SAVE, MOMENTS, RUNNING,
+        CENTER, SCALE, SAVE, MOMENTS, RUNNING, MASKED,
     )  # fmt: skip
 
 
@@ -612,12 +674,12 @@ def _given(mean_in, var_in, k, known, EPS: tl.constexpr, CENTER: tl.constexpr, S
 
 @triton.jit
 def apply(
-    x, residual, weight, bias, y, stats, bits, mean_in, var_in,
-    K, A, seg, nseg, L, R0L, K1, R1, R0, wdiv, wsize, row_bytes, tiles, across,
+    x, residual, weight, bias, y, stats, bits, flags, mean_in, var_in,
+    K, A, seg, nseg, L, R0L, K1, R1, R0, wdiv, wsize, mouter, mdiv, msize, row_bytes, tiles, across,
     EPS: tl.constexpr, CENTER: tl.constexpr, SCALE: tl.constexpr, ACT: tl.constexpr, GIVEN: tl.constexpr,
     MODE: tl.constexpr, PHASE: tl.constexpr, SPREAD: tl.constexpr, COLS: tl.constexpr, WEIGHT: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BITS: tl.constexpr, SAVE: tl.constexpr, ACC: tl.constexpr,
-    BR: tl.constexpr, BC: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BITS: tl.constexpr, SAVE: tl.constexpr, MASKED: tl.constexpr,
+    ACC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """y of one tile."""
     pid = tl.program_id(0)
@@ -627,7 +689,8 @@ def apply(
         known = known & column
     inside = row[:, None] & column[None, :]
     at = start[:, None] + j[None, :]
-    v = tl.load(x + at, mask=inside, other=0).to(ACC)
+    chosen = _chosen(flags, at, inside, mouter, mdiv, msize, MASKED)
+    v = tl.load(x + at, mask=chosen, other=0).to(ACC)
     if GIVEN:
         mean, r = _given(mean_in, var_in, k, known, EPS, CENTER, SCALE, ACC)
         low = tl.zeros_like(mean)
@@ -656,29 +719,33 @@ def apply(
         first = tl.min(byte, axis=0) + tl.arange(0, BC // 8)
         where = (start // (L if COLS else seg))[:, None] * row_bytes + first[None, :]
         tl.store(bits + where, packed, mask=row[:, None] & (first < row_bytes)[None, :])
-    tl.store(y + at, _activate(out, ACT).to(y.dtype.element_ty), mask=inside)
+    out = _shown(_activate(out, ACT), chosen, MASKED)
+    tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _gradient(
-    dy, x, residual, weight, bias, stats, bits, k, start, j, row, column, K, L, seg, wdiv, wsize, row_bytes,
+    dy, x, residual, weight, bias, stats, bits, flags, k, start, j, row, column, K, L, seg, wdiv, wsize, mouter, mdiv,
+    msize, row_bytes,
     CENTER: tl.constexpr, SCALE: tl.constexpr, ACT: tl.constexpr, GIVEN: tl.constexpr, MODE: tl.constexpr,
     PHASE: tl.constexpr, COLS: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    BITS: tl.constexpr, ACC: tl.constexpr,
+    BITS: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Of a tile: the gradient before the activation, the normalized value, (x - m)*r, weights, r and c."""
+    """Of a tile: the gradient before the activation, the normalized value, (x - m)*r, weights and r; where it lies,
+    what of it is inside and what counts."""
     known = k < K
     if COLS:
         known = known & column
     inside = row[:, None] & column[None, :]
     at = start[:, None] + j[None, :]
+    chosen = _chosen(flags, at, inside, mouter, mdiv, msize, MASKED)
     mean = tl.load(stats + k, mask=known, other=0)
     r = tl.load(stats + K + k, mask=known, other=0)
     low = tl.load(stats + 2 * K + k, mask=known, other=0)
     c, shift = _shift(mean, r, low, CENTER, SCALE, GIVEN)
-    u = (tl.load(x + at, mask=inside, other=0).to(ACC) - mean[None, :]) * r[None, :]
-    v = tl.where(inside, u + (c + shift)[None, :], 0.0)
-    g = tl.load(dy + at, mask=inside, other=0).to(ACC)
+    u = (tl.load(x + at, mask=chosen, other=0).to(ACC) - mean[None, :]) * r[None, :]
+    v = tl.where(chosen, u + (c + shift)[None, :], 0.0)
+    g = tl.load(dy + at, mask=chosen, other=0).to(ACC)
     if WEIGHT:
         w = _values(weight, start, j, row, column, wdiv, wsize, MODE, PHASE).to(ACC)
     else:
@@ -695,17 +762,18 @@ def _gradient(
             out += _values(bias, start, j, row, column, wdiv, wsize, MODE, PHASE).to(ACC)
         if RESIDUAL:
             out += tl.load(residual + at, mask=inside, other=0).to(ACC)
-        g = tl.where(inside, _activate_backward(g, out, ACT), 0.0)
-    return g, v, u, w, r, at, inside
+        g = tl.where(chosen, _activate_backward(g, out, ACT), 0.0)
+    return g, v, u, w, r, at, inside, chosen
 
 
 @triton.jit
 def back_reduce(
-    dy, x, residual, weight, bias, stats, bits, part,
-    K, A, seg, nseg, L, R0L, K1, R1, R0, wdiv, wsize, row_bytes, splits, heights, every, many,
+    dy, x, residual, weight, bias, stats, bits, flags, part,
+    K, A, seg, nseg, L, R0L, K1, R1, R0, wdiv, wsize, mouter, mdiv, msize, row_bytes, splits, heights, every, many,
     CENTER: tl.constexpr, SCALE: tl.constexpr, ACT: tl.constexpr, GIVEN: tl.constexpr, MODE: tl.constexpr,
     PHASE: tl.constexpr, SPREAD: tl.constexpr, COLS: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr, BITS: tl.constexpr, ACC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    RESIDUAL: tl.constexpr, BITS: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr, BR: tl.constexpr,
+    BC: tl.constexpr,
 ):  # fmt: skip
     """Sums of g and of g times the normalized value: of ``every`` tiles of a run, or of a column.
 
@@ -735,9 +803,10 @@ def back_reduce(
             start = _begin(outer.to(tl.int64), R0L, K1, R1) + _step(i, seg, nseg, L, SPREAD)
             row = i < A
             column = j < seg
-        g, v, _, w, _, _, _ = _gradient(
-            dy, x, residual, weight, bias, stats, bits, k, start, j, row, column, K, L, seg, wdiv, wsize, row_bytes,
-            CENTER, SCALE, ACT, GIVEN, MODE, PHASE, COLS, WEIGHT, BIAS, RESIDUAL, BITS, ACC,
+        g, v, _, w, _, _, _, _ = _gradient(
+            dy, x, residual, weight, bias, stats, bits, flags, k, start, j, row, column, K, L, seg, wdiv, wsize, mouter,
+            mdiv, msize, row_bytes,
+            CENTER, SCALE, ACT, GIVEN, MODE, PHASE, COLS, WEIGHT, BIAS, RESIDUAL, BITS, MASKED, ACC,
         )  # fmt: skip
         if WEIGHT and MODE == 2 and not COLS:
             g = g * w
@@ -763,7 +832,8 @@ def back_combine(
     K, A, seg, nseg, L, R0L, K1, R1, wdiv, wsize, splits, many, n,
     EPS: tl.constexpr, CORRECTION: tl.constexpr, CENTER: tl.constexpr, SCALE: tl.constexpr, GIVEN: tl.constexpr,
     MODE: tl.constexpr, SPREAD: tl.constexpr, COLS: tl.constexpr, WEIGHT: tl.constexpr, DMEAN: tl.constexpr,
-    DVAR: tl.constexpr, DOUBLE: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, Q: tl.constexpr,
+    DVAR: tl.constexpr, MASKED: tl.constexpr, DOUBLE: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr,
+    Q: tl.constexpr,
 ):  # fmt: skip
     """The two numbers that the gradient of x needs of each of ROWS groups, in double precision and a fixed order."""
     k = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -794,9 +864,10 @@ def back_combine(
     r = tl.load(stats + K + k, mask=here, other=1).to(tl.float64)
     low = tl.load(stats + 2 * K + k, mask=here, other=0).to(tl.float64)
     c, shift = _shift(mean, r, low, CENTER, SCALE, GIVEN)
-    b, e = _back(
-        s1, sv, r, c, n.to(tl.float64), dmean, dvar, k, here, EPS, CORRECTION, CENTER, SCALE, GIVEN, DMEAN, DVAR, DOUBLE
-    )
+    number = s1 * 0 + n.to(tl.float64)
+    if MASKED:
+        number = tl.load(stats + 3 * K + k, mask=here, other=1).to(tl.float64)
+    b, e = _back(s1, sv, r, c, number, dmean, dvar, k, here, EPS, CORRECTION, CENTER, SCALE, GIVEN, DMEAN, DVAR, DOUBLE)
     kind = coefficients.dtype.element_ty
     tl.store(coefficients + k, b.to(kind), mask=here)
     tl.store(coefficients + K + k, e.to(kind), mask=here)
@@ -804,19 +875,19 @@ def back_combine(
 
 @triton.jit
 def back_apply(
-    dy, x, residual, weight, bias, stats, bits, coefficients, dx, dresidual,
-    K, A, seg, nseg, L, R0L, K1, R1, R0, wdiv, wsize, row_bytes, tiles, across,
+    dy, x, residual, weight, bias, stats, bits, flags, coefficients, dx, dresidual,
+    K, A, seg, nseg, L, R0L, K1, R1, R0, wdiv, wsize, mouter, mdiv, msize, row_bytes, tiles, across,
     CENTER: tl.constexpr, SCALE: tl.constexpr, ACT: tl.constexpr, GIVEN: tl.constexpr, MODE: tl.constexpr,
     PHASE: tl.constexpr, SPREAD: tl.constexpr, COLS: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr, BITS: tl.constexpr, STORE: tl.constexpr, THROUGH: tl.constexpr, ACC: tl.constexpr,
-    BR: tl.constexpr, BC: tl.constexpr,
+    RESIDUAL: tl.constexpr, BITS: tl.constexpr, STORE: tl.constexpr, THROUGH: tl.constexpr, MASKED: tl.constexpr,
+    ACC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """The gradients of x and of the residual of one tile."""
     pid = tl.program_id(0)
     k, start, j, row, column = _tile(pid, A, seg, nseg, L, R0L, K1, R1, R0, tiles, across, SPREAD, COLS, BR, BC)
-    g, _, u, w, r, at, inside = _gradient(
-        dy, x, residual, weight, bias, stats, bits, k, start, j, row, column, K, L, seg, wdiv, wsize, row_bytes,
-        CENTER, SCALE, ACT, GIVEN, MODE, PHASE, COLS, WEIGHT, BIAS, RESIDUAL, BITS, ACC,
+    g, _, u, w, r, at, inside, chosen = _gradient(
+        dy, x, residual, weight, bias, stats, bits, flags, k, start, j, row, column, K, L, seg, wdiv, wsize, mouter,
+        mdiv, msize, row_bytes, CENTER, SCALE, ACT, GIVEN, MODE, PHASE, COLS, WEIGHT, BIAS, RESIDUAL, BITS, MASKED, ACC,
     )  # fmt: skip
     if THROUGH:
         tl.store(dresidual + at, g.to(dresidual.dtype.element_ty), mask=inside)
@@ -829,6 +900,7 @@ def back_apply(
             b = tl.load(coefficients + k, mask=known, other=0)
             e = tl.load(coefficients + K + k, mask=known, other=0)
             out += u * b[None, :] + e[None, :]
+        out = _shown(out, chosen, MASKED)
         tl.store(dx + at, out.to(dx.dtype.element_ty), mask=inside)
 
 
@@ -860,11 +932,11 @@ def weights(part, dweight, dbias, P, wsize, inner, many, WEIGHT: tl.constexpr, B
 
 @triton.jit
 def back_weights(
-    dy, x, residual, weight, bias, stats, bits, part,
-    K, seg, L, R0L, K1, R1, wdiv, wsize, row_bytes, rows, period, splits, blocks, every, many,
+    dy, x, residual, weight, bias, stats, bits, flags, part,
+    K, seg, L, R0L, K1, R1, wdiv, wsize, mouter, mdiv, msize, row_bytes, rows, period, splits, blocks, every, many,
     CENTER: tl.constexpr, SCALE: tl.constexpr, ACT: tl.constexpr, GIVEN: tl.constexpr, WEIGHT: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BITS: tl.constexpr, ACC: tl.constexpr, BR: tl.constexpr,
-    BC: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BITS: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Sums of g and of g times the normalized value down the columns of (rows, period): for weights that differ from
     value to value and were not summed on the way. Each value looks up the statistics of its group."""
@@ -879,14 +951,15 @@ def back_weights(
         i = (split * every + step) * BR + tl.arange(0, BR)
         inside = (i < rows)[:, None] & column[None, :]
         at = i.to(tl.int64)[:, None] * period + j[None, :]
+        chosen = _chosen(flags, at, inside, mouter, mdiv, msize, MASKED)
         k = (at // R0L) * K1 + (at // R1) % K1
         mean = tl.load(stats + k, mask=inside, other=0)
         r = tl.load(stats + K + k, mask=inside, other=0)
         low = tl.load(stats + 2 * K + k, mask=inside, other=0)
         c, shift = _shift(mean, r, low, CENTER, SCALE, GIVEN)
-        v = tl.load(x + at, mask=inside, other=0).to(ACC)
-        v = tl.where(inside, (v - mean) * r + (c + shift), 0.0)
-        g = tl.load(dy + at, mask=inside, other=0).to(ACC)
+        v = tl.load(x + at, mask=chosen, other=0).to(ACC)
+        v = tl.where(chosen, (v - mean) * r + (c + shift), 0.0)
+        g = tl.load(dy + at, mask=chosen, other=0).to(ACC)
         if BITS:
             byte = tl.load(bits + (at // seg) * row_bytes + (at % seg) // 8, mask=inside, other=0).to(tl.int32)
             g = tl.where(((byte >> (at % seg % 8).to(tl.int32)) & 1) != 0, g, 0.0)
@@ -898,7 +971,7 @@ def back_weights(
                 out += tl.load(bias + which, mask=column, other=0).to(ACC)[None, :]
             if RESIDUAL:
                 out += tl.load(residual + at, mask=inside, other=0).to(ACC)
-            g = tl.where(inside, _activate_backward(g, out, ACT), 0.0)
+            g = tl.where(chosen, _activate_backward(g, out, ACT), 0.0)
         sum_g += g
         sum_gv += g * v
     where = split.to(tl.int64) * period + j
