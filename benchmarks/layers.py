@@ -2,14 +2,14 @@
 
     python benchmarks/layers.py                        # every layer on every input
     python benchmarks/layers.py --quick                # few rounds
+    python benchmarks/layers.py --runs 3               # medians of three runs, and their range
     python benchmarks/layers.py --peers FOLDER         # also authors' modules that are found there
     python benchmarks/layers.py --threads 1 --clock process --json out.json
 
-All layers of an input run in turn, round after round, on the same data; printed are medians, the ratio to torch's
-plain layer (``BatchNorm2d``, ``LayerNorm``, ``BatchNorm1d``), the ratio to the named peer, and the bytes that a layer
-keeps for its backward pass. Attention and blocks of transformers are compared with plain ones in the same way. The
-clock ``process`` counts the processor's time, which a busy machine does not change;
-it adds up threads. Authors' modules are not part of this repository: ``online_norm_pytorch`` (Cerebras) and
+All layers of an input run in turn, in another order each round, on the same data; printed are medians, the ratio to
+torch's plain layer (``BatchNorm2d``, ``LayerNorm``, ``BatchNorm1d``), the ratio to the named peer, and the bytes that a
+layer keeps for its backward pass. Attention and blocks of transformers are compared with plain ones in the same way. The
+clock ``process`` counts the processor's time, which a busy machine does not change; it adds up threads. Authors' modules are not part of this repository: ``online_norm_pytorch`` (Cerebras) and
 ``mask_powernorm`` (sIncerass/powernorm) are timed where ``--peers`` leads to them.
 """
 
@@ -19,6 +19,7 @@ import argparse
 import importlib
 import json
 import platform
+import random
 import statistics
 import sys
 import time
@@ -202,8 +203,10 @@ def measure(shape: tuple[int, ...], made: Made, rounds: int, clock: Callable[[],
         layers = {name: make() for name, (make, _) in made.items()}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in layers}
     saved = {name: _saved_bytes(layer, x) for name, layer in layers.items()}
+    order, turns = random.Random(0), list(layers.items())
     for turn in range(rounds + 2):  # the first two are not counted
-        for name, layer in layers.items():
+        order.shuffle(turns)  # who follows finds what the one before left in caches and in the allocator
+        for name, layer in turns:
             x.grad = None
             layer.zero_grad()
             started = clock()
@@ -238,9 +241,20 @@ def _saved_bytes(layer: nn.Module, x: torch.Tensor) -> int:
     return sum(seen.values())
 
 
+def _median(rows: tuple[dict[str, Any], ...]) -> dict[str, Any]:
+    """One row of several runs: the median of each number, and the range of the ratio to the plain layer."""
+    found = dict(rows[0])
+    for name in ("forward_ms", "both_ms", "ratio_plain", "ratio_peer"):
+        if found[name] is not None:
+            found[name] = statistics.median(row[name] for row in rows)
+    found["range"] = [min(row["ratio_plain"] for row in rows), max(row["ratio_plain"] for row in rows)]
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="7 rounds instead of 31")
+    parser.add_argument("--runs", type=int, default=1, help="of each input, with layers made anew; medians are printed")
     parser.add_argument("--only", nargs="*", help="inputs whose name contains one of these words")
     parser.add_argument("--peers", type=Path, help="a folder with authors' modules")
     parser.add_argument("--threads", type=int, help="default: torch's")
@@ -255,27 +269,31 @@ def main() -> None:
     rounds = 7 if args.quick else 31
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}, median of {rounds} "
-        f"rounds, {args.clock} clock"
+        f"rounds, {args.clock} clock" + (f", medians of {args.runs} runs and their range" if args.runs > 1 else "")
     )
     results = {}
     for name, (shape, plain, made) in inputs().items():
         if args.only and not any(word in name for word in args.only):
             continue
-        rows = measure(shape, made, rounds, clock)
+        runs = [measure(shape, made, rounds, clock) for _ in range(args.runs)]
+        for run in runs:
+            both = {row["layer"]: row["both_ms"] for row in run}
+            for row in run:
+                peer = made[row["layer"]][1]
+                row["ratio_plain"] = row["both_ms"] / both[plain]
+                row["ratio_peer"] = row["both_ms"] / both[peer] if peer in both else None
+        rows = [_median(one) for one in zip(*runs, strict=True)]
         results[name] = rows
-        both = {row["layer"]: row["both_ms"] for row in rows}
         size = 4 * torch.Size(shape).numel()
         print(f"\n{name}\n{'layer':36}{'forward':>9}{'fwd+bwd':>9}{'/ plain':>9}{'/ peer':>8}{'saved / input':>15}")
         for row in rows:
             layer = row["layer"]
-            peer = made[layer][1]
-            row["ratio_plain"] = both[layer] / both[plain]
-            row["ratio_peer"] = both[layer] / both[peer] if peer in both else None
             ratio = "" if row["ratio_peer"] is None else f"{row['ratio_peer']:.2f}"
             over = " " if row["ratio_plain"] <= BOUND or "torch" in layer or "authors" in layer else "!"
+            spread = f"   {row['range'][0]:.2f} to {row['range'][1]:.2f}" if args.runs > 1 else ""
             print(
                 f"{layer:36}{row['forward_ms']:7.2f}ms{row['both_ms']:7.2f}ms{row['ratio_plain']:8.2f}{over}{ratio:>8}"
-                f"{row['saved_bytes'] / size:15.2f}"
+                f"{row['saved_bytes'] / size:15.2f}{spread}"
             )
     print(f"\n! above {BOUND} times the plain layer of torch")
     if args.json is not None:
