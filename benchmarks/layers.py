@@ -8,9 +8,10 @@
 
 All layers of an input run in turn, in another order each round, on the same data; printed are medians, the ratio to
 torch's plain layer (``BatchNorm2d``, ``LayerNorm``, ``BatchNorm1d``), the ratio to the named peer, and the bytes that a
-layer keeps for its backward pass. Attention and blocks of transformers are compared with plain ones in the same way. The
-clock ``process`` counts the processor's time, which a busy machine does not change; it adds up threads. Authors' modules are not part of this repository: ``online_norm_pytorch`` (Cerebras) and
-``mask_powernorm`` (sIncerass/powernorm) are timed where ``--peers`` leads to them.
+layer keeps for its backward pass. Attention and blocks of transformers are compared with plain ones in the same way.
+The clock ``process`` counts the processor's time, which a busy machine does not change; it adds up threads. Authors'
+modules are not part of this repository: ``online_norm_pytorch`` (Cerebras) and ``mask_powernorm`` (sIncerass/powernorm)
+are timed where ``--peers`` leads to them.
 """
 
 from __future__ import annotations

@@ -506,7 +506,7 @@ class Runs {
     if (blocks == 1) {
       double mean[MANY], m2[MANY];
       const T* x = static_cast<const T*>(p.x) + run_of(k, 0) * p.R1;
-      const int64_t next = soon && !ahead && k + many < K ? many * p.R1 : 0;
+      const int64_t next = soon && (!ahead || !p.y) && k + many < K ? many * p.R1 : 0;
       moments_many(x, many, p.R1, p.R0, stride, p.R1, raw, next, mean, m2);
       finish_many<A>(p, k, many, wide, mean, m2, raw);
       return;
