@@ -10,7 +10,6 @@ class Runs {
   static constexpr int64_t GROUP = 512;
   static constexpr int64_t NEAR = 12288;    // bytes of the input of a batch
   static constexpr int64_t FETCH = 65536;   // bytes of a batch that is fetched ahead at most
-  static constexpr int64_t LONG = 1 << 25;  // bytes of an input that no cache near a core holds
   static constexpr int64_t PARK = 1 << 17;  // values of a statistic that are parked in a buffer
   static constexpr int64_t CHUNK = 32;      // pieces in a table
   static_assert(CHUNK >= MANY, "a batch has one table");
@@ -32,15 +31,16 @@ class Runs {
     wide = static_cast<double>(n);
     per_weight = p.wsize > 0 ? 1.0 / static_cast<double>(p.wsize) : 0;
     neighbours = p.R0 == 1 ? K : p.K1;
-    batch = min_of(MANY, NEAR / max_of(1, n * static_cast<int64_t>(sizeof(T))));
+    // Gradients of weights along the run: what is done once a batch is more, and the inputs of two fill the first cache.
+    const bool along = g.mode == VECTOR && p.dy;
+    batch = min_of(MANY, (along ? 2 : 1) * NEAR / max_of(1, n * static_cast<int64_t>(sizeof(T))));
     if (total >= PARALLEL) batch = min_of(batch, ceil_div(neighbours, 8));  // something for every thread
     batch = max_of(1, batch);
     past = is_far(p, total * static_cast<int64_t>(sizeof(T)));
     soon = soon_of<T>(total);
     // A small batch leaves time to fetch the next one while its own output is written, where that is written past the
-    // caches, or arithmetic takes longer than memory: measured, in half precision, and for gradients of weights that vary
-    // along long tensors.
-    const bool slow = past || sizeof(T) == 2 || (g.mode == VECTOR && p.dy && total * static_cast<int64_t>(sizeof(T)) >= LONG);
+    // caches, or arithmetic takes longer than memory: measured, in half precision, and for gradients of weights.
+    const bool slow = past || sizeof(T) == 2 || (along && soon);
     ahead = slow && total >= PARALLEL && batch * n * static_cast<int64_t>(sizeof(T)) <= FETCH ? batch * p.R1 : 0;
     shifting = g.mode == VECTOR && g.nseg == 1 && p.R1 != g.period;
     steady = !shifting && (p.wsize <= 1 || stride % (p.wdiv * p.wsize) == 0);
