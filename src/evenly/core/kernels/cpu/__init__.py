@@ -5,6 +5,9 @@ included; float32, float64, bfloat16 and float16 with statistics of float32 (flo
 compiled when the package is installed and loaded when it is first needed. Without it (no compiler at installation)
 PyTorch computes the same.
 
+Where a processor converts to bfloat16 itself (AVX512_BF16), it does; what is below the smallest normal number, 1.2e-38,
+is zero then.
+
 The environment variable ``EVENLY_CPU_ISA`` (``portable``, ``avx2``, ``avx512``) keeps a newer instruction set from
 being used.
 """
