@@ -539,7 +539,10 @@ def partial_cols(
         at = (k0 * R0 + row)[:, None] * L + j[None, :]
         chosen = _chosen(flags, at, inside, mouter, mdiv, msize, MASKED)
         v = tl.load(x + at, mask=chosen, other=0).to(ACC)
-        values = tl.sum(chosen.to(tl.int32), axis=0)
+        if MASKED:
+            values = tl.sum(chosen.to(tl.int32), axis=0)
+        else:
+            values = tl.zeros((BC,), tl.int32) + tl.minimum(R0 - begin, BR)
         counted += values
         bn = values.to(ACC)
         if RAW:
@@ -547,8 +550,10 @@ def partial_cols(
             boff = tl.zeros((BC,), ACC)
             square = tl.sum(d * d, axis=0)
         else:
-            # of a column of which nothing has been merged
-            pivot = tl.where(n > 0, pivot, _pivot(tl.sum(v, axis=0), _some(bn)))
+            if MASKED:  # of a column of which nothing has been merged
+                pivot = tl.where(n > 0, pivot, _pivot(tl.sum(v, axis=0), _some(bn)))
+            elif begin == first:
+                pivot = _pivot(tl.sum(v, axis=0), bn)
             d = tl.where(chosen, v - pivot[None, :], 0.0)
             boff = tl.sum(d, axis=0) / _some(bn)
             d = tl.where(chosen, d - boff[None, :], 0.0)
