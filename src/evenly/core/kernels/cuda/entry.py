@@ -124,14 +124,15 @@ class CudaEntry(Entry):
         self.tile = limits.tile // 2 if double else limits.tile
         whole = _power(self.A) * max(8, _power(self.seg))
         self.fused = not self.cols and whole <= (limits.fused // 2 if double else limits.fused)
+        self.flags_at = dict(zip(("mouter", "mdiv", "msize"), mask or (1, 1, 1), strict=True))
         self.common = {
             "CENTER": bool(options["center"]),
             "SCALE": SCALES[options["scale"]],
             "ACT": ACTIVATIONS[self.activation],
             "MASKED": mask is not None,
             "ACC": self.acc,
+            **self.flags_at,
         }
-        self.flags_at = dict(zip(("mouter", "mdiv", "msize"), mask or (1, 1, 1), strict=True))
         self.int_shape = {
             "K": self.groups,
             "A": self.A,
@@ -143,7 +144,6 @@ class CudaEntry(Entry):
             "R1": r1,
             "wdiv": self.wdiv,
             "wsize": max(1, self.wsize),
-            **self.flags_at,
         }
 
     def _runs(self, wdiv: int, wsize: int) -> None:
@@ -266,7 +266,6 @@ class CudaEntry(Entry):
     ) -> None:
         k0, r0, k1, r1 = self.block.sizes
         shape = self.int_shape
-        raw = not self.common["CENTER"] and self.common["SCALE"] != SCALES["std"]
         if self.cols:
             length = k1 * r1
             height, width = self._column_tile()
@@ -276,7 +275,7 @@ class CudaEntry(Entry):
             part = torch.empty((3, many), dtype=torch.float64, device=x.device)
             kernels.partial_cols[(k0 * splits * blocks,)](
                 x, flags, part, r0, length, **self.flags_at, splits=splits, blocks=blocks, every=every, many=many,
-                RAW=raw, MASKED=self.mask is not None, ACC=self.acc, BR=height, BC=width,
+                RAW=not self.means, MASKED=self.mask is not None, ACC=self.acc, BR=height, BC=width,
                 num_warps=_warps(height * width),
             )  # fmt: skip
             inner = r1
@@ -289,8 +288,9 @@ class CudaEntry(Entry):
             part = torch.empty((3, many), dtype=torch.float64, device=x.device)
             kernels.partial_runs[(self.groups * splits,)](
                 x, flags, part, self.A, self.seg, self.nseg, shape["L"], shape["R0L"], k1, r1, **self.flags_at,
-                splits=splits, tiles=tiles, across=across, every=every, many=many, RAW=raw, SPREAD=self.spread,
-                MASKED=self.mask is not None, ACC=self.acc, BR=height, BC=width, num_warps=_warps(height * width),
+                splits=splits, tiles=tiles, across=across, every=every, many=many, RAW=not self.means,
+                SPREAD=self.spread, MASKED=self.mask is not None, ACC=self.acc, BR=height, BC=width,
+                num_warps=_warps(height * width),
             )  # fmt: skip
             inner = 1
         rows, q = _combining(splits * inner)
@@ -403,9 +403,8 @@ class CudaEntry(Entry):
             if dx is not None and not self.given:
                 coefficients = torch.empty((2, self.groups), dtype=self.stats_dtype, device=x.device)
                 rows, q = _combining(splits * (r1 if self.cols else self.A))
-                runs_only = {name: value for name, value in shape.items() if name not in self.flags_at}
                 kernels.back_combine[(_ceil(self.groups, rows),)](
-                    part, weight, stats, coefficients, dmean, dvar, **runs_only, splits=splits, many=many,
+                    part, weight, stats, coefficients, dmean, dvar, **shape, splits=splits, many=many,
                     n=self.plan.count, **ends, CENTER=how["CENTER"], SCALE=how["SCALE"], GIVEN=self.given,
                     MASKED=how["MASKED"],
                     MODE=self.mode, SPREAD=self.spread, COLS=self.cols, WEIGHT=weight is not None,
@@ -436,7 +435,6 @@ class CudaEntry(Entry):
         part = torch.empty((2, many), dtype=self.stats_dtype, device=self.device)
         how = {name: value for name, value in how.items() if name not in ("MODE", "PHASE")}
         shape = {name: self.int_shape[name] for name in ("K", "seg", "L", "R0L", "K1", "R1", "wdiv", "wsize")}
-        shape |= self.flags_at
         kernels.back_weights[(splits * blocks,)](
             *inputs, part, **shape, row_bytes=self.row_bytes, rows=rows, period=period, splits=splits, blocks=blocks,
             every=every, many=many, **how, BR=height, BC=width, num_warps=_warps(height * width),
